@@ -186,6 +186,7 @@ class _Seed:
             sequence_length=p.length,
             compute_dtype=p.compute_dtype,  # pyright: ignore[reportArgumentType]
             seed=self.seed,
+            remat="none",  # activations of rows this short fit: recomputing would only cost time
         )
         return stage_plan.apply(base, stage)
 

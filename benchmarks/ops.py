@@ -1,30 +1,57 @@
-"""Times ops by name: `python -m benchmarks.ops topk indexer`; the rest of the line goes to each."""
+"""Times ops by name: `python -m benchmarks.ops indexer topk fused --json results.json`."""
 
 from __future__ import annotations
 
-import runpy
-import sys
+import argparse
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-MODULES = {
-    "indexer": ("benchmarks.indexer", ["scores"]),
-    "fused": ("benchmarks.indexer", ["fused"]),
-    "topk": ("benchmarks.topk", []),
+from benchmarks.timing import environment, matmul_rates
+
+# An op's function takes numbers of keys and whether to check results; it yields a row per figure.
+OPS = {
+    "indexer": "benchmarks.indexer:scores",
+    "topk": "benchmarks.topk:rows",
+    "fused": "benchmarks.indexer:fused",
+    "prefill": "benchmarks.indexer:prefill",
 }
 
 
+def function(name: str) -> Callable[[Sequence[int], bool], Iterator[dict]]:
+    """The function that times an op."""
+    module, attribute = OPS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def write(path: Path, results: dict) -> None:
+    """Replaces the file whole, so that a run that is cut short leaves what it had."""
+    new = path.with_suffix(path.suffix + ".new")
+    new.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(new, path)
+
+
 def main() -> None:
-    """Runs the benchmarks that the first arguments name."""
-    arguments = sys.argv[1:]
-    names = []
-    while arguments and not arguments[0].startswith("-"):
-        names.append(arguments.pop(0))
-    unknown = [name for name in names if name not in MODULES]
-    if unknown or not names:
-        sys.exit(f"name ops to time, of {', '.join(MODULES)}; unknown: {unknown}")
-    for name in names:
-        module, first = MODULES[name]
-        sys.argv = [module, *first, *arguments]
-        runpy.run_module(module, run_name="__main__")
+    """Runs the benchmarks that the arguments name."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ops", nargs="+", choices=OPS)
+    parser.add_argument("--keys", type=int, nargs="*", default=[8192, 32768, 131072])
+    parser.add_argument("--no-check", action="store_true", help="time only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
+    options = parser.parse_args()
+    rates = matmul_rates()
+    results = {"environment": environment(), "matmul_tflops": rates, "rows": []}
+    print(json.dumps(results), flush=True)
+    for name in options.ops:
+        for row in function(name)(options.keys, not options.no_check):
+            if "tflops" in row:
+                row["of_matmul"] = round(row["tflops"] / rates["e4m3"], 4)
+            results["rows"].append(row)
+            print(json.dumps(row), flush=True)
+            if options.json:
+                write(options.json, results)
 
 
 if __name__ == "__main__":

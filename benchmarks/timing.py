@@ -1,12 +1,13 @@
 """Device time of a jitted function, cold L2, and the matmul rates to compare it with.
 
-CUPTI times each GPU kernel; launch gaps and host time are not counted. Before each repetition a
-buffer five times the size of the L2 is rewritten, so that every repetition starts cold.
+CUPTI times each GPU kernel; launch gaps and host time are not counted. Between repetitions a buffer
+five times the size of the L2 is rewritten, so that every repetition starts cold.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import platform
 import statistics
 from collections.abc import Callable
@@ -34,8 +35,26 @@ class Timing:
         return flop / self.median_ms / 1e9
 
 
-def _flush(buffer: jax.Array) -> jax.Array:
-    return buffer + 1
+class _Cold(jax.stages.Wrapped):
+    """A call of `fn`, then one that rewrites the L2: two programs, whose kernels keep that order.
+
+    What `fn` returns is not kept; the memory goes back when the device is done with it.
+    """
+
+    def __init__(self, fn: Callable[..., Any]):
+        self.fn = jax.jit(fn)
+        self.flush = jax.jit(lambda buffer: buffer + 1)
+        self.buffer = jnp.zeros((_FLUSH_BYTES // 4,), jnp.int32)
+
+    def __call__(self, *args):
+        self.fn(*args)
+        return self.flush(self.buffer)  # ready when all before it is
+
+    def trace(self, *args, **kwargs):
+        return self.fn.trace(*args, **kwargs)
+
+    def lower(self, *args, **kwargs):
+        return self.fn.lower(*args, **kwargs)
 
 
 def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing:
@@ -44,21 +63,16 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
     Args:
         fn: a function of arrays; it is jitted here.
         *args: its inputs, already on the device.
-        repeats: how many cold runs to take the median of.
+        repeats: how many cold runs to take the median of; at least 2.
     """
-    buffer = jnp.zeros((_FLUSH_BYTES // 4,), jnp.int32)
-    flush = jax.jit(_flush)
-    flush_kernels = len(_one_run(flush, buffer))
-
-    @jax.jit
-    def cold(buffer, args):
-        # The barrier makes the op's inputs depend on the flush, so the flush's kernels come first.
-        flushed, args = jax.lax.optimization_barrier((_flush(buffer), args))
-        return fn(*args), flushed
-
+    cold = _Cold(fn)
+    (flush,) = _kernels(cold.flush, cold.buffer, repeats=1)
+    names = [name for name, _ in flush]
     runs = []
-    for _ in range(repeats):
-        runs.append(_one_run(cold, buffer, args)[flush_kernels:])
+    for run in _kernels(cold, *args, repeats=repeats):
+        if [name for name, _ in run[-len(names) :]] != names:
+            raise RuntimeError(f"the flush did not run last: {[name for name, _ in run]}")
+        runs.append(run[: -len(names)])
     totals = [sum(ms for _, ms in run) for run in runs]
     shares: dict[str, list[float]] = {}
     for run in runs:
@@ -71,11 +85,12 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
     return Timing(statistics.median(totals), min(totals), max(totals), kernels)
 
 
-def _one_run(fn: Callable[..., Any], *args: Any) -> list[tuple[str, float]]:
-    _, timings = profiler.measure(fn, aggregate=False)(*args)
+def _kernels(fn: Callable[..., Any], *args: Any, repeats: int) -> list[list[tuple[str, float]]]:
+    """What CUPTI saw of each of so many calls, after one to warm up."""
+    _, timings = profiler.measure(fn, aggregate=False, iterations=repeats)(*args)
     if timings is None:
         raise RuntimeError("CUPTI saw no kernel: device_time needs an NVIDIA GPU")
-    return timings
+    return timings if repeats > 1 else [timings]
 
 
 def matmul_rates(size: int = 8192) -> dict[str, float]:
@@ -95,9 +110,10 @@ def matmul_rates(size: int = 8192) -> dict[str, float]:
 
 
 def environment() -> dict[str, str]:
-    """What a reader needs to place a figure: GPU, versions."""
+    """What a reader needs to place a figure: day, GPU, versions."""
     device = jax.devices()[0]
     return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "gpu": device.device_kind,
         "jax": jax.__version__,
         "python": platform.python_version(),

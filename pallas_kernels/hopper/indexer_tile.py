@@ -85,22 +85,22 @@ def load_ranges(start_ref, end_ref, batch, token, tokens: int, interpret: bool):
     return load(start_ref, end_ref, batch, token)
 
 
-def load_scales(k_scale_ref, batch, key, interpret: bool):
-    """Each lane's `k_scale[batch, key + its row]` (see `store_scores`)."""
+def load_scales(scales_tile, part: int, interpret: bool):
+    """Each lane's scale of its key, the `64 part + row`-th of a tile (see `store_scores`)."""
     if interpret:
-        return k_scale_ref[batch, pl.ds(key, KEYS)]
+        return scales_tile[pl.ds(part * KEYS, KEYS)]
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT),
+        arg_types=(plgpu.RefType(),),
         return_type=plgpu.ShapeDtypeStruct((128,), jnp.float32, _A_LANE),
     )
-    def load(_, scale, batch, key):
+    def load(_, scales):
         f32 = ir.F32Type.get()
-        row = arith.muli(_splat(batch), _c(scale.type.shape[1]))
-        at = _element(scale, arith.addi(row, _Lane(2).row), f32)
-        return _per_lane([llvm.load(f32, _further(at, _splat(key), f32))], f32, _A_LANE)
+        at = arith.addi(_Lane(2).row, _c(part * KEYS))
+        place = utils.getelementptr(utils.memref_ptr(scales), [at], f32)
+        return _per_lane([llvm.load(f32, place)], f32, _A_LANE)
 
-    return load(k_scale_ref, batch, key)
+    return load(scales_tile)
 
 
 def multiply(k_tile, part: int, q_tile, warpgroup, *, consumers: int, interpret: bool):

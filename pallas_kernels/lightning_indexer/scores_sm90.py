@@ -127,7 +127,7 @@ def score_window(x: Operands, first, problem: Problem):
         out_type=jax.ShapeDtypeStruct(
             (batch, problem.queries, round_up(problem.keys, 4)), jnp.float32
         ),
-        scratch_types=_scratch(problem, x.q.shape[-1], x.q.dtype)._asdict(),
+        scratch_types=_scratch(problem, x)._asdict(),
         grid=(problem.ctas,),
         grid_names=("cta",),
         num_threads=tiling.consumers + 1,
@@ -157,6 +157,7 @@ class _Scratch(NamedTuple):
 
     q: Any  # [query buffers, consumers, 128, H]
     k: Any  # [stages, keys, H]
+    k_scale: Any  # f32 [stages, keys], or None
     hidden: Any  # [block, 64] of -inf
     staging: Any  # the consumers' scores, in interpret mode
     q_full: Any
@@ -165,8 +166,9 @@ class _Scratch(NamedTuple):
     k_free: Any
 
 
-def _scratch(problem: Problem, width: int, dtype) -> _Scratch:
-    tiling = problem.tiling
+def _scratch(problem: Problem, x: Operands) -> _Scratch:
+    tiling, width, dtype = problem.tiling, x.q.shape[-1], x.q.dtype
+    scales = None if x.k_scale is None else plgpu.SMEM((tiling.stages, tiling.keys), jnp.float32)
     swizzled = indexer_tile.transforms(width, dtype)
     per_query = plgpu.Barrier(num_arrivals=tiling.consumers, num_barriers=tiling.query_buffers)
     staging = (tiling.consumers, problem.tokens, indexer_tile.KEYS)
@@ -174,11 +176,12 @@ def _scratch(problem: Problem, width: int, dtype) -> _Scratch:
     return _Scratch(
         q=plgpu.SMEM(queries, dtype, transforms=swizzled),
         k=plgpu.SMEM((tiling.stages, tiling.keys, width), dtype, transforms=swizzled),
+        k_scale=scales,
         hidden=plgpu.SMEM((problem.block, indexer_tile.KEYS), jnp.float32),
         staging=plgpu.SMEM(staging, jnp.float32) if problem.interpret else None,
         q_full=per_query,
         q_free=per_query,
-        k_full=plgpu.Barrier(num_barriers=tiling.stages),
+        k_full=plgpu.Barrier(num_arrivals=1 if scales is None else 2, num_barriers=tiling.stages),
         k_free=plgpu.Barrier(num_arrivals=tiling.consumers, num_barriers=tiling.stages),
     )
 
@@ -272,6 +275,10 @@ class _Kernel:
         plgpu.copy_gmem_to_smem(
             self.gmem.k.at[x.batch, keys], smem.k.at[slot], smem.k_full.at[slot]
         )
+        if self.k_scale is not None:
+            plgpu.copy_gmem_to_smem(
+                self.k_scale.at[x.batch, keys], smem.k_scale.at[slot], smem.k_full.at[slot]
+            )
 
     def hide(self, x: _Piece, portion, j):
         """Fills the dead tiles that go with live tile j of a block."""
@@ -325,7 +332,8 @@ class _Kernel:
                 key = (x.first + x.low + j) * self.tiling.keys + part * indexer_tile.KEYS
                 scales = None
                 if self.k_scale is not None:
-                    scales = indexer_tile.load_scales(self.k_scale, x.batch, key, self.interpret)
+                    tile_scales = smem.k_scale.at[slot]
+                    scales = indexer_tile.load_scales(tile_scales, part, self.interpret)
                 dots = indexer_tile.multiply(
                     smem.k.at[slot], part, smem.q.at[q_slot, warpgroup], warpgroup,
                     consumers=self.tiling.consumers, interpret=self.interpret,

@@ -43,9 +43,10 @@ def plan(topk: int, width: int, tasks: int, **sizes: int) -> Plan:
         tasks: how many rows or segments there are.
         **sizes: overrides what is chosen.
     """
-    best = dict(threads=512, vectors=2, capacity=12288)
+    best = dict(threads=512, vectors=2, capacity=12288, sample=4096)
     if tasks > _SMS and width > _SHORT:  # or else a row is held whole, or has an SM for itself
-        best = dict(threads=256, vectors=4, capacity=10240 if topk <= 2048 else 12288)
+        capacity = 10240 if topk <= 2048 else 12288
+        best = dict(threads=256, vectors=4, capacity=capacity, sample=2048)
     best |= sizes
     whole_row = histogram.round_up(width + 3 if width % 4 else width, best["threads"])
     return Plan(topk, width, **best | {"capacity": min(best["capacity"], whole_row)})
@@ -62,7 +63,7 @@ def segments(rows: int, topk: int, width: int) -> int:
 def merge_plan(topk: int, width: int, segments: int) -> Plan:
     """The plan for merging a row's segments."""
     capacity = histogram.round_up(max(segments * topk, topk + 2048), 512)
-    return Plan(topk, width, threads=512, vectors=1, capacity=capacity)
+    return Plan(topk, width, threads=512, vectors=1, capacity=capacity, sample=4096)
 
 
 def unsupported(topk: int) -> str | None:

@@ -7,14 +7,13 @@ from pallas_kernels import KeyRange
 from pallas_kernels.lightning_indexer import scores_sm90
 
 
-def case(heads: int = 64, width: int = 128, dtype=jnp.float8_e4m3fn, scaled: bool = True):
+def case(heads=64, width=128, dtype=jnp.float8_e4m3fn, scaled=True, queries=1000, keys=5002):
     def sds(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def scores(q, k, w, start, end, scale):
         return scores_sm90.indexer_scores(q, k, w, KeyRange(start, end), scale if scaled else None)
 
-    queries, keys = 1000, 5002
     bound = sds(1, queries, dtype=jnp.int32)
     return scores, (
         sds(1, queries, heads, width, dtype=dtype),
@@ -44,3 +43,19 @@ def e4m3_width_64():
 
 def bf16():
     return case(dtype=jnp.bfloat16)
+
+
+def e4m3_whole_tiles():
+    return case(queries=4096, keys=32768)
+
+
+def e4m3_32_heads_whole_tiles():
+    return case(heads=32, queries=4096, keys=32768)
+
+
+def e4m3_16_heads_whole_tiles():
+    return case(heads=16, queries=4096, keys=32768)
+
+
+def bf16_whole_tiles():
+    return case(dtype=jnp.bfloat16, queries=4096, keys=32768)

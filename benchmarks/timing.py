@@ -1,24 +1,27 @@
 """Device time of a jitted function, cold L2, and the matmul rates to compare it with.
 
 CUPTI times each GPU kernel; launch gaps and host time are not counted. Between repetitions a buffer
-five times the size of the L2 is rewritten, so that every repetition starts cold.
+five times the size of the L2 is rewritten, so that every repetition starts cold, and the GPU rests:
+without that its power limit slows whatever runs for more than some ten milliseconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
 _FLUSH_BYTES = 256 * 2**20
+_REST_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +45,14 @@ class _Cold(jax.stages.Wrapped):
     """
 
     def __init__(self, fn: Callable[..., Any]):
-        self.fn = jax.jit(fn)
+        self.fn = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
         self.flush = jax.jit(lambda buffer: buffer + 1)
         self.buffer = jnp.zeros((_FLUSH_BYTES // 4,), jnp.int32)
 
     def __call__(self, *args):
+        time.sleep(_REST_SECONDS)
         self.fn(*args)
-        return self.flush(self.buffer)  # ready when all before it is
+        return jax.block_until_ready(self.flush(self.buffer))  # when all before it is
 
     def trace(self, *args, **kwargs):
         return self.fn.trace(*args, **kwargs)
@@ -61,7 +65,7 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
     """Times `fn(*args)` on the GPU.
 
     Args:
-        fn: a function of arrays; it is jitted here.
+        fn: a function of arrays; it is jitted here unless it is already.
         *args: its inputs, already on the device.
         repeats: how many cold runs to take the median of; at least 2.
     """
@@ -95,17 +99,18 @@ def _kernels(fn: Callable[..., Any], *args: Any, repeats: int) -> list[list[tupl
 
 def matmul_rates(size: int = 8192) -> dict[str, float]:
     """TFLOP/s of a square bf16 and e4m3 matmul through XLA's library calls, on random data."""
-    rng = np.random.default_rng(0)
-    a, b = (jnp.asarray(rng.standard_normal((size, size)), jnp.float32) for _ in range(2))
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (size, size)) for key in keys)
+
+    # Without Triton's candidates, which never win at this size and take half a minute to compile.
+    @functools.partial(jax.jit, compiler_options={"xla_gpu_enable_triton_gemm": False})
+    def matmul(x, y):
+        # Row-major times column-major: the layout both library calls take without a transpose.
+        return jnp.einsum("mk,nk->mn", x, y, preferred_element_type=jnp.bfloat16)
+
     rates = {}
     for name, dtype in (("bf16", jnp.bfloat16), ("e4m3", jnp.float8_e4m3fn)):
-        x, y = a.astype(dtype), b.astype(dtype)
-
-        def matmul(x, y):
-            # Row-major times column-major: the layout both library calls take without a transpose.
-            return jnp.einsum("mk,nk->mn", x, y, preferred_element_type=jnp.bfloat16)
-
-        rates[name] = device_time(matmul, x, y).tflops(2 * size**3)
+        rates[name] = device_time(matmul, a.astype(dtype), b.astype(dtype)).tflops(2 * size**3)
     return rates
 
 

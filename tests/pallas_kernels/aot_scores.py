@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import KeyRange
+from pallas_kernels import KeyRange, lightning_indexer
 from pallas_kernels.lightning_indexer import scores_sm90
 
 
@@ -46,16 +46,21 @@ def bf16():
 
 
 def e4m3_whole_tiles():
-    return case(queries=4096, keys=32768)
+    return case(keys=5120)
 
 
-def e4m3_32_heads_whole_tiles():
-    return case(heads=32, queries=4096, keys=32768)
+def prefill(length: int = 131072):
+    """A causal prefill in one call, the scores in windows of the default workspace."""
 
+    def select(q, k, w, scale):
+        ranges = KeyRange.causal(*q.shape[:2])
+        options = dict(topk=2048, k_scale=scale, implementation="mosaic")
+        return lightning_indexer(q, k, w, ranges, **options).indices
 
-def e4m3_16_heads_whole_tiles():
-    return case(heads=16, queries=4096, keys=32768)
-
-
-def bf16_whole_tiles():
-    return case(dtype=jnp.bfloat16, queries=4096, keys=32768)
+    e4m3 = jnp.float8_e4m3fn
+    return select, (
+        jax.ShapeDtypeStruct((1, length, 64, 128), e4m3),
+        jax.ShapeDtypeStruct((1, length, 128), e4m3),
+        jax.ShapeDtypeStruct((1, length, 64), jnp.float32),
+        jax.ShapeDtypeStruct((1, length), jnp.float32),
+    )

@@ -139,7 +139,7 @@ def _selection(arguments, workspace: int, check: bool, runs: int) -> dict:
     select = functools.partial(selection_sm90.lightning_indexer, **options)
     compiled = selection_sm90.lightning_indexer.lower(*arguments, **options).compile()
     row: dict = {"workspace_bytes": workspace}
-    row["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+    row["temporary_bytes"] = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
     if check:
         row |= check_selection(select, runs, *arguments)
     return row | figures(device_time(select, *arguments, repeats=runs), arguments[3])

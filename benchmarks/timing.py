@@ -14,11 +14,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import profiler
+
+Runs = list[list[tuple[str, float]]]  # the kernels of each run: name and milliseconds
 
 _FLUSH_BYTES = 256 * 2**20
 _REST_SECONDS = 0.05
@@ -70,8 +72,7 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
         repeats: how many cold runs to take the median of; at least 2.
     """
     cold = _Cold(fn)
-    (flush,) = _kernels(cold.flush, cold.buffer, repeats=1)
-    names = [name for name, _ in flush]
+    names = [name for name, _ in _kernels(cold.flush, cold.buffer)[0]]
     runs = []
     for run in _kernels(cold, *args, repeats=repeats):
         if [name for name, _ in run[-len(names) :]] != names:
@@ -89,12 +90,12 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
     return Timing(statistics.median(totals), min(totals), max(totals), kernels)
 
 
-def _kernels(fn: Callable[..., Any], *args: Any, repeats: int) -> list[list[tuple[str, float]]]:
-    """What CUPTI saw of each of so many calls, after one to warm up."""
+def _kernels(fn: Callable[..., Any], *args: Any, repeats: int = 2) -> Runs:
+    """What CUPTI saw of each of so many calls, at least 2, after one to warm up."""
     _, timings = profiler.measure(fn, aggregate=False, iterations=repeats)(*args)
     if timings is None:
         raise RuntimeError("CUPTI saw no kernel: device_time needs an NVIDIA GPU")
-    return timings if repeats > 1 else [timings]
+    return cast(Runs, timings)
 
 
 def matmul_rates(size: int = 8192) -> dict[str, float]:

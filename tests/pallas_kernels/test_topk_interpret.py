@@ -5,10 +5,12 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from topk_rows import best, hard_ranges, hard_rows
+from topk_rows import best, by_lax, hard_ranges, hard_rows
 
+from pallas_kernels import KeyRange
 from pallas_kernels.hopper import histogram, scan, simt_model
 from pallas_kernels.hopper.simt import Words
 from pallas_kernels.lightning_indexer import topk_row, topk_sm90
@@ -22,6 +24,7 @@ def check(scores, starts, ends, topk, **options):
     options = SMALL | options
     got = topk_sm90.select_rows(scores, starts, ends, topk=topk, interpret=True, **options)
     np.testing.assert_array_equal(got, best(scores, starts, ends, topk))
+    return got
 
 
 def one_row(block, plan, *arrays):
@@ -49,7 +52,10 @@ def test_random_sizes(seed):
     )  # fmt: skip
     scores = rng.standard_normal((3, width)).astype(np.float32)
     scores = np.round(scores * 30) if seed % 2 else scores
-    check(scores, *hard_ranges(3, width, seed), min(topk, width), **sizes)
+    bounds = hard_ranges(3, width, seed)
+    got = check(scores, *bounds, min(topk, width), **sizes)
+    ranges = KeyRange(*(jnp.asarray(bound)[None] for bound in bounds))
+    np.testing.assert_array_equal(got, by_lax(jnp.asarray(scores)[None], ranges, got.shape[1])[0])
 
 
 @pytest.mark.parametrize("visible", [0, 1, 99, 100, 101, 104])

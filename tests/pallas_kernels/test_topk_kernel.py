@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from topk_rows import best, hard_ranges, hard_rows
+from topk_rows import best, by_lax, hard_ranges, hard_rows
 
 from pallas_kernels import KeyRange, UnsupportedError, select_topk
 from pallas_kernels.dispatch import hopper_is_default
@@ -71,15 +71,6 @@ def test_hard_rows(width, topk, parts):
     np.testing.assert_array_equal(got, best(scores, starts, ends, topk))
     for _ in range(20):
         np.testing.assert_array_equal(got, select(*arguments))
-
-
-def by_lax(scores, ranges, topk):
-    """`lax.top_k`, which prefers the lower index too, in the order of the columns."""
-    visible = ranges.mask(scores.shape[-1])
-    best = jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), topk)[1]
-    hidden = ~jnp.take_along_axis(visible, best, axis=-1)
-    best = jnp.sort(jnp.where(hidden, scores.shape[-1], best), axis=-1)
-    return jnp.where(best == scores.shape[-1], -1, best)
 
 
 @pytest.mark.gpu

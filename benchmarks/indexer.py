@@ -104,34 +104,37 @@ def check_selection(select, runs: int, *arguments) -> dict[str, float]:
     }
 
 
-def scores(keys: Sequence[int], check: bool = True) -> Iterator[dict]:
+def scores(keys: Sequence[int], check: Sequence[int]) -> Iterator[dict]:
     """The scores kernel: 4096 queries at the end of so many keys."""
     for count in keys:
         arguments = inputs(QUERIES, count)
         row: dict = {"op": "indexer_scores", "queries": QUERIES, "keys": count}
-        if check:
+        if count in check:
             row |= check_scores(scores_sm90.indexer_scores, *arguments)
         yield row | figures(device_time(scores_sm90.indexer_scores, *arguments), arguments[3])
 
 
 def fused(
-    keys: Sequence[int], check: bool = True, workspaces: Sequence[int] = (WORKSPACE_BYTES, 2**32)
+    keys: Sequence[int],
+    check: Sequence[int],
+    workspaces: Sequence[int] = (WORKSPACE_BYTES, 2**32),
 ) -> Iterator[dict]:
     """From q, k, w to the selection: 4096 queries at the end of so many keys."""
     for count in keys:
         arguments = inputs(QUERIES, count)
         for workspace in workspaces:
-            if workspace != workspaces[0] and 4 * QUERIES * count <= workspaces[0]:
+            first = workspace == workspaces[0]
+            if not first and 4 * QUERIES * count <= workspaces[0]:
                 continue  # the same windows
             row = {"op": "lightning_indexer", "queries": QUERIES, "keys": count}
-            yield row | _selection(arguments, workspace, check, 20)
+            yield row | _selection(arguments, workspace, first and count in check, 20)
 
 
-def prefill(keys: Sequence[int], check: bool = True) -> Iterator[dict]:
+def prefill(keys: Sequence[int], check: Sequence[int]) -> Iterator[dict]:
     """A causal prefill in one call: as many queries as keys."""
     for count in keys:
         row = {"op": "prefill", "queries": count, "keys": count}
-        yield row | _selection(inputs(count, count), WORKSPACE_BYTES, check, 2)
+        yield row | _selection(inputs(count, count), WORKSPACE_BYTES, count in check, 3)
 
 
 def _selection(arguments, workspace: int, check: bool, runs: int) -> dict:

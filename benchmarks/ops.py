@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.timing import environment, matmul_rates
 
-# An op's function takes numbers of keys and whether to check results; it yields a row per figure.
+# An op's function takes numbers of keys, and those at which to check; it yields a row per figure.
 OPS = {
     "indexer": "benchmarks.indexer:scores",
     "topk": "benchmarks.topk:rows",
@@ -20,7 +20,7 @@ OPS = {
 }
 
 
-def function(name: str) -> Callable[[Sequence[int], bool], Iterator[dict]]:
+def function(name: str) -> Callable[[Sequence[int], Sequence[int]], Iterator[dict]]:
     """The function that times an op."""
     module, attribute = OPS[name].split(":")
     return getattr(importlib.import_module(module), attribute)
@@ -33,22 +33,32 @@ def write(path: Path, results: dict) -> None:
     os.replace(new, path)
 
 
+def read(path: Path | None) -> dict:
+    """What earlier runs left: the ops that are not run again stay."""
+    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+
 def main() -> None:
     """Runs the benchmarks that the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="+", choices=OPS)
-    parser.add_argument("--keys", type=int, nargs="*", default=[8192, 32768, 131072])
-    parser.add_argument("--no-check", action="store_true", help="time only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
+    usual = [8192, 32768, 131072]
+    parser.add_argument("--keys", type=int, nargs="*", default=usual)
+    parser.add_argument("--check", type=int, nargs="*", default=usual, help="keys to check at")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where to put the results, beside other ops'"
+    )
     options = parser.parse_args()
-    rates = matmul_rates()
-    results = {"environment": environment(), "matmul_tflops": rates, "rows": []}
-    print(json.dumps(results), flush=True)
+    rates, where = matmul_rates(), environment()
+    print(json.dumps({"environment": where, "matmul_tflops": rates}), flush=True)
+    results = read(options.json)
     for name in options.ops:
-        for row in function(name)(options.keys, not options.no_check):
+        rows: list[dict] = []
+        results[name] = {"environment": where, "matmul_tflops": rates, "rows": rows}
+        for row in function(name)(options.keys, options.check):
             if "tflops" in row:
                 row["of_matmul"] = round(row["tflops"] / rates["e4m3"], 4)
-            results["rows"].append(row)
+            rows.append(row)
             print(json.dumps(row), flush=True)
             if options.json:
                 write(options.json, results)

@@ -93,16 +93,19 @@ def measure(kind: str, rows: int, width: int, topk: int = TOPK, **sizes: int) ->
     }
 
 
-def rows(keys: Sequence[int], check: bool = True) -> Iterator[dict]:
-    """4096 rows of each kind; then few rows, and other K."""
+def rows(keys: Sequence[int], check: Sequence[int]) -> Iterator[dict]:
+    """4096 rows of random scores; where checked also of each other kind, few rows, and other K."""
     for width in keys:
-        checked = {"wrong": check_rows(width, TOPK, {})} if check else {}
+        if width not in check:
+            yield measure("random", ROWS, width)
+            continue
+        wrong = check_rows(width, TOPK, {})
         for kind in KINDS:
-            yield measure(kind, ROWS, width) | checked
+            yield measure(kind, ROWS, width) | {"wrong": wrong}
         for few in (64, 8, 1):
             yield measure("random", few, width)
-    for topk in (512, 4096):
-        yield measure("random", ROWS, max(keys), topk)
+        for topk in (512, 4096):
+            yield measure("random", ROWS, width, topk)
 
 
 def main() -> None:

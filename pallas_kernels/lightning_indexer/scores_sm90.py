@@ -88,8 +88,9 @@ def indexer_scores(
         return jnp.zeros((batch, queries, k.shape[1]), jnp.float32)
     tiling = tiling or default_tiling(heads, width, q.dtype)
     problem = Problem(k.shape[1], heads, queries, tiling, ctas or sm_count(), fill, interpret)
-    scores = score_window(operands(q, k, w, ranges, k_scale, problem), 0, problem)
-    return scores[..., : problem.keys]
+    x = operands(q, k, w, ranges, k_scale, problem)
+    window = jax.tree.map(lambda leaf: leaf[0], windows(x, problem))
+    return score_window(x, window, problem)[..., : problem.keys]
 
 
 def indexer_scores_op(q, k, w, ranges: KeyRange, k_scale, *, workspace_bytes: int):
@@ -98,20 +99,34 @@ def indexer_scores_op(q, k, w, ranges: KeyRange, k_scale, *, workspace_bytes: in
     return indexer_scores(q, k, w, ranges, k_scale)
 
 
-def score_window(x: Operands, first, problem: Problem):
-    """Scores of `problem.queries` queries from query `first` on: f32 `[B, queries, S']`.
+class Window(NamedTuple):
+    """What a launch works on, beside the operands; all windows together have one axis more."""
+
+    first: jax.Array  # i32 [1], its first query
+    start: jax.Array  # i32 [B, rows], of its queries, in whole blocks
+    end: jax.Array
+    shares: tile_shares.Shares
+
+
+def windows(x: Operands, problem: Problem) -> Window:
+    """All windows of `problem.queries` queries, and who does what in each."""
+    rows = round_up(problem.queries, problem.block)
+    start, end = (jnp.moveaxis(b.reshape(b.shape[0], -1, rows), 1, 0) for b in (x.start, x.end))
+    cut = functools.partial(
+        tile_shares.cut,
+        block=problem.block, tile=problem.tiling.keys, keys=problem.keys, ctas=problem.ctas,
+    )  # fmt: skip
+    first = jnp.arange(start.shape[0], dtype=jnp.int32)[:, None] * problem.queries
+    return Window(first, start, end, jax.vmap(cut)(start, end))
+
+
+def score_window(x: Operands, window: Window, problem: Problem):
+    """Scores of a window's `problem.queries` queries: f32 `[B, queries, S']`.
 
     S' is S rounded up to four, for TMA's 16 bytes; the columns beyond S are undefined.
     """
-    batch = x.q.shape[0]
-    tiling, block = problem.tiling, problem.block
-    first = jnp.asarray(first, jnp.int32)
-    rows = round_up(problem.queries, block)
-    start, end = (lax.dynamic_slice_in_dim(b, first, rows, axis=1) for b in (x.start, x.end))
-    shares = tile_shares.cut(
-        start, end, block=block, tile=tiling.keys, keys=problem.keys, ctas=problem.ctas
-    )
-    inputs = _Inputs(x.q, x.k, x.w, start, end, first[None], *shares)
+    batch, tiling = x.q.shape[0], problem.tiling
+    inputs = _Inputs(x.q, x.k, x.w, window.start, window.end, window.first, *window.shares)
     scale = () if x.k_scale is None else (x.k_scale,)
 
     def body(*refs, **scratch):

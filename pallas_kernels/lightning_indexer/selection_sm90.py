@@ -58,16 +58,12 @@ def lightning_indexer(q, k, w, ranges: KeyRange, k_scale, *, topk: int, workspac
     problem = dataclasses.replace(problem, queries=window)
     operands = scores_operands.operands(q, k, w, ranges, k_scale, problem)
 
-    def select(first):
-        scores = scores_sm90.score_window(operands, first, problem)
-        bounds = (
-            lax.dynamic_slice_in_dim(x, first, window, axis=1).ravel()
-            for x in (operands.start, operands.end)
-        )
+    def select(some: scores_sm90.Window):
+        scores = scores_sm90.score_window(operands, some, problem)
+        bounds = (bound[:, :window].ravel() for bound in (some.start, some.end))
         rows = scores.reshape(batch * window, -1)
         return topk_sm90.select_rows(rows, *bounds, topk=topk).reshape(batch, window, topk)
 
-    if window == queries:
-        return select(0)
-    selected = lax.map(select, jnp.arange(0, queries, window, dtype=jnp.int32))
+    # One after another, so that they share the workspace.
+    selected = lax.map(select, scores_sm90.windows(operands, problem))
     return jnp.moveaxis(selected, 0, 1).reshape(batch, -1, topk)[:, :queries]

@@ -238,7 +238,6 @@ class _Row:
             count = self.stream(self.first_vector + taken, taken * 4, threshold)
             return count < plan.topk, (block.constant(0), lowest, count)
 
-        self.prefetch(self.first_vector, plan.ahead)
         guessed = block.select(fits, 0, 1)
         threshold = block.when(~fits, self.guess, lowest)
         return block.repeat((guessed, threshold, block.constant(0)), attempt)[2]
@@ -256,6 +255,7 @@ class _Row:
         slots = [block.thread + i for i in range(0, plan.sample // 4, plan.threads)]
         places = [self.first_vector + sampled_vector(slot, vectors, plan) for slot in slots]
         scores = [self.load(place) for place in places]
+        self.prefetch(self.first_vector, plan.ahead)  # behind the sample, which is waited for
         for slot, vector in zip(slots, scores, strict=True):
             block.store4(self.keys, slot * 4, [ordered(block, x) for x in vector])
         expected = block.constant(plan.topk * plan.sample) // (self.end - self.start)

@@ -8,7 +8,7 @@ Few rows do not fill the GPU: then the range of each is cut into segments, a CTA
 selects of each segment, and a second kernel selects of what they found.
 
 Shared memory: `Plan.words`, 91 KB for long rows, 41 KB for rows of 8192, which need no list of
-columns. Registers: at most 104 a lane, 64 for rows of 8192; no spills.
+columns. Registers: at most 104 a lane, 48 where rows are held whole; no spills.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pallas_kernels.types import KeyRange
 
 MAX_TOPK = 4096
 
-_SHORT = 12288  # the widest row that is held whole
+_SHORT = 16384  # the widest row that is held whole
 _SMS = 132  # of an H100
 
 
@@ -43,8 +43,9 @@ def plan(topk: int, width: int, tasks: int, **sizes: int) -> Plan:
         tasks: how many rows or segments there are.
         **sizes: overrides what is chosen.
     """
-    best = dict(threads=512, vectors=2, capacity=12288, sample=4096)
-    if tasks > _SMS and width > _SHORT:  # or else a row is held whole, or has an SM for itself
+    short = width <= _SHORT
+    best = dict(threads=512, vectors=2, capacity=16384 if short else 12288, sample=4096)
+    if tasks > _SMS and not short:  # or else a row is held whole, or has an SM for itself
         capacity = 10240 if topk <= 2048 else 12288
         best = dict(threads=256, vectors=4, capacity=capacity, sample=2048)
     best |= sizes

@@ -209,7 +209,9 @@ def test_plans():
         topk_row.Plan(4096, 100_000, capacity=4096)
     with pytest.raises(ValueError, match="threads=1024"):
         topk_row.Plan(16, 100_000, threads=1024)
-    for topk, width, tasks in itertools.product([1, 2048, 4096], [4097, 12289, 262144], [1, 999]):
+    for topk, width, tasks in itertools.product(
+        [1, 2048, 4096], [4097, 16383, 16384, 262144], [1, 999]
+    ):
         parts = topk_sm90.segments(tasks, topk, width)
         plans = [topk_sm90.plan(topk, width, tasks * parts)]
         plans += [topk_sm90.merge_plan(topk, width, parts)] if parts > 1 else []

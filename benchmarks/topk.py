@@ -82,7 +82,7 @@ def scores_of(kind: str, rows: int, width: int, topk: int, sizes: dict):
 def measure(kind: str, rows: int, width: int, topk: int = TOPK, **sizes: int) -> dict:
     """The time of one kind of scores."""
     arguments = scores_of(kind, rows, width, topk, sizes)
-    timing = device_time(selector(topk, sizes), *arguments)
+    timing = device_time(selector(topk, sizes), *arguments, repeats=10)
     row = {"op": "select_topk", "kind": kind, "rows": rows, "keys": width, "topk": topk}
     read = float(jnp.sum(arguments[2] - arguments[1]))
     return row | {

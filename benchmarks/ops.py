@@ -26,16 +26,34 @@ def function(name: str) -> Callable[[Sequence[int], Sequence[int]], Iterator[dic
     return getattr(importlib.import_module(module), attribute)
 
 
-def write(path: Path, results: dict) -> None:
-    """Replaces the file whole, so that a run that is cut short leaves what it had."""
-    new = path.with_suffix(path.suffix + ".new")
-    new.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(new, path)
+# What tells one figure from another; measured again, it replaces the old one.
+IDENTITY = ("op", "kind", "rows", "queries", "keys", "topk", "workspace_bytes")
 
 
-def read(path: Path | None) -> dict:
-    """What earlier runs left: the ops that are not run again stay."""
-    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+class Results:
+    """The figures in a file: `runs`, of a process each, and `rows`, each with its run's number."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        found = json.loads(path.read_text()) if path is not None and path.exists() else {}
+        self.runs: list[dict] = found.get("runs", [])
+        self.rows: list[dict] = found.get("rows", [])
+
+    def add(self, row: dict) -> None:
+        """Adds a row of the last run, and replaces the file whole, so that it is never half one."""
+        same = [self._identity(old) == self._identity(row) for old in self.rows]
+        self.rows = [old for old, again in zip(self.rows, same, strict=True) if not again]
+        self.rows.append({"run": len(self.runs) - 1} | row)
+        if self.path is not None:
+            new = self.path.with_suffix(self.path.suffix + ".new")
+            lines = ",\n  ".join(json.dumps(row) for row in self.rows)
+            runs = ",\n  ".join(json.dumps(run) for run in self.runs)
+            new.write_text(f'{{"runs": [\n  {runs}\n],\n"rows": [\n  {lines}\n]}}\n')
+            os.replace(new, self.path)
+
+    @staticmethod
+    def _identity(row: dict) -> list:
+        return [row.get(name) for name in IDENTITY]
 
 
 def main() -> None:
@@ -46,22 +64,19 @@ def main() -> None:
     parser.add_argument("--keys", type=int, nargs="*", default=usual)
     parser.add_argument("--check", type=int, nargs="*", default=usual, help="keys to check at")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="where to put the results, beside other ops'"
+        "--json", type=Path, metavar="FILE", help="where to put the results, beside others"
     )
     options = parser.parse_args()
-    rates, where = matmul_rates(), environment()
-    print(json.dumps({"environment": where, "matmul_tflops": rates}), flush=True)
-    results = read(options.json)
+    results = Results(options.json)
+    rates = matmul_rates()
+    results.runs.append({"environment": environment(), "matmul_tflops": rates})
+    print(json.dumps(results.runs[-1]), flush=True)
     for name in options.ops:
-        rows: list[dict] = []
-        results[name] = {"environment": where, "matmul_tflops": rates, "rows": rows}
         for row in function(name)(options.keys, options.check):
             if "tflops" in row:
                 row["of_matmul"] = round(row["tflops"] / rates["e4m3"], 4)
-            rows.append(row)
+            results.add(row)
             print(json.dumps(row), flush=True)
-            if options.json:
-                write(options.json, results)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,18 @@ def test_a_call_ends_with_the_flush(monkeypatch):
 
 
 def test_results_are_kept_beside_each_other(tmp_path):
+    """A figure that is measured again replaces the old one; the others stay, with their run."""
     path = tmp_path / "results.json"
-    assert ops.read(path) == {}
-    ops.write(path, {"topk": {"rows": []}})
-    assert ops.read(path) == {"topk": {"rows": []}}
+    for run, ms in enumerate([3.0, 2.0]):
+        results = ops.Results(path)
+        results.runs.append({"number": run})
+        results.add({"op": "topk", "keys": 8, "ms": ms})
+        results.add({"op": "topk", "keys": 16 + run, "ms": ms})
+    found = json.loads(path.read_text())
+    assert found["runs"] == [{"number": 0}, {"number": 1}]
+    assert [(row["run"], row["keys"], row["ms"]) for row in found["rows"]] == [
+        (0, 16, 3.0), (1, 8, 2.0), (1, 17, 2.0),
+    ]  # fmt: skip
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -59,7 +67,7 @@ def test_figure(path, tmp_path, monkeypatch):
     from benchmarks import figure
 
     results = json.loads(path.read_text())
-    assert [keys for keys, _ in figure.points(results, "fused")] == [
+    assert [keys for keys, _ in figure.points(results, "lightning_indexer")] == [
         keys for keys, _ in figure.ceiling(results)
     ]
     monkeypatch.setattr("sys.argv", ["figure", str(path), str(tmp_path / "figure.png")])

@@ -121,7 +121,7 @@ def run_counting(scores, start, end, topk):
     return block.reads
 
 
-@pytest.mark.parametrize("name", ["normal", "ascending", "descending", "relu plateau"])
+@pytest.mark.parametrize("name", ["normal", "ascending", "descending", "relu plateau", "all equal"])
 def test_scores_are_read_once(name):
     """Beside the sample; and the last vector, which stands in for those past it."""
     start, end = 17, 8995

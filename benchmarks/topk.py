@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.timing import device_time
 from pallas_kernels.lightning_indexer import topk_sm90
-from pallas_kernels.lightning_indexer.topk_row import sampled_vector
+from pallas_kernels.lightning_indexer.topk_plan import sampled_vector
 from tests.pallas_kernels.topk_rows import best, hard_ranges, hard_rows
 
 TOPK = 2048

@@ -25,7 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import histogram
 from pallas_kernels.hopper.simt import U32, SimtBlock
 from pallas_kernels.hopper.simt_model import ModelBlock
-from pallas_kernels.lightning_indexer.topk_row import Plan, merge_row, select_row
+from pallas_kernels.lightning_indexer.topk_plan import Plan
+from pallas_kernels.lightning_indexer.topk_row import merge_row, select_row
 from pallas_kernels.types import KeyRange
 
 MAX_TOPK = 4096

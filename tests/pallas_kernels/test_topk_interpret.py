@@ -13,7 +13,7 @@ from topk_rows import best, by_lax, hard_ranges, hard_rows
 from pallas_kernels import KeyRange
 from pallas_kernels.hopper import histogram, scan, simt_model
 from pallas_kernels.hopper.simt import Words
-from pallas_kernels.lightning_indexer import topk_row, topk_sm90
+from pallas_kernels.lightning_indexer import topk_plan, topk_row, topk_sm90
 
 # Small enough that a row of some thousand scores fills, streams, compacts and emits.
 SMALL = dict(threads=128, vectors=2, capacity=2048, sample=1024)
@@ -114,7 +114,7 @@ class Counting(simt_model.ModelBlock):
 
 
 def run_counting(scores, start, end, topk):
-    plan = topk_row.Plan(topk, len(scores), **SMALL)
+    plan = topk_plan.Plan(topk, len(scores), **SMALL)
     block, out = Counting(plan), np.zeros(topk, np.int32)
     one_row(block, plan, scores, np.int32([start]), np.int32([end]), out)
     np.testing.assert_array_equal(out, best(scores[None], [start], [end], topk)[0])
@@ -134,9 +134,9 @@ def test_scores_are_read_once(name):
 
 def mislead(scores):
     """Raises the very scores that are sampled: the guess is then one that few others reach."""
-    plan = topk_row.Plan(1, len(scores), **SMALL)
+    plan = topk_plan.Plan(1, len(scores), **SMALL)
     slots = np.arange(plan.sample // 4, dtype=np.uint32)
-    vectors = topk_row.sampled_vector(slots, np.uint32(len(scores) // 4), plan)
+    vectors = topk_plan.sampled_vector(slots, np.uint32(len(scores) // 4), plan)
     assert len(set(vectors)) == len(slots)
     assert vectors.min() >= 1
     assert vectors.max() < len(scores) // 4 - 1
@@ -165,7 +165,7 @@ def test_a_missing_barrier_is_found():
             else:
                 self.barriers += 1
 
-    plan = topk_row.Plan(200, 5000, **SMALL)
+    plan = topk_plan.Plan(200, 5000, **SMALL)
     scores = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
     bounds = np.array([0], np.int32), np.array([5000], np.int32)
     block = Hasty(plan.threads, plan.words)
@@ -206,9 +206,9 @@ def test_find_cut(spread):
 
 def test_plans():
     with pytest.raises(ValueError, match="capacity=4096 must hold topk=4096"):
-        topk_row.Plan(4096, 100_000, capacity=4096)
+        topk_plan.Plan(4096, 100_000, capacity=4096)
     with pytest.raises(ValueError, match="threads=1024"):
-        topk_row.Plan(16, 100_000, threads=1024)
+        topk_plan.Plan(16, 100_000, threads=1024)
     for topk, width, tasks in itertools.product(
         [1, 2048, 4096], [4097, 16383, 16384, 262144], [1, 999]
     ):

@@ -40,12 +40,12 @@ class Observed(NamedTuple):
 
     Attributes:
         logits: fp32.
-        hidden: the residual stream after each layer, fp32.
+        hidden: the residual stream, embedding first, then after each layer; fp32.
         selected: the keys each layer attended to; None for a dense model.
     """
 
     logits: Float[np.ndarray, "B T vocab"]
-    hidden: Float[np.ndarray, "layers B T D"]
+    hidden: Float[np.ndarray, "layers+1 B T D"]
     selected: Bool[np.ndarray, "layers B T S"] | None
 
 
@@ -56,16 +56,29 @@ class Difference(NamedTuple):
         logits: greatest difference over the greatest logit.
         hidden: likewise of a layer's hidden states, of the worst layer.
         kl: KL(theirs || ours) of the next token, mean over tokens, in nats.
-        worst_kl: of the worst token.
-        overlap: share of the selected keys that both chose, over queries that had to choose; 1 for
-            a dense model.
+        keys: share of the selected keys that both chose, over queries that had to choose; 1 for a
+            dense model.
     """
 
     logits: float
     hidden: float
     kl: float
-    worst_kl: float
-    overlap: float
+    keys: float
+
+
+class LayerDifference(NamedTuple):
+    """How far single layers are, each given the other model's own input.
+
+    One key or expert chosen otherwise changes everything after it; here nothing is after it.
+
+    Attributes:
+        update: root mean square difference of what the layer adds to a token's residual, over that
+            of the addition; median over layers and tokens.
+        keys: as in `Difference`.
+    """
+
+    update: float
+    keys: float
 
 
 def torch_modules() -> tuple[Any, Any]:
@@ -109,6 +122,9 @@ def observe_transformers(model: Any, tokens: Int[np.ndarray, "B T"], **options: 
         output = output[0] if isinstance(output, tuple) else output
         hidden.append(output.float().numpy())
 
+    def after_embedding(_module: Any, _inputs: Any, output: Any) -> None:
+        hidden.append(output.float().numpy())
+
     def after_attention(module: Any, _inputs: Any, _output: Any) -> None:
         if module.indexer is None:  # a shared layer
             selected.append(selected[-1])
@@ -120,7 +136,7 @@ def observe_transformers(model: Any, tokens: Int[np.ndarray, "B T"], **options: 
         selected.append((chosen & visible).numpy())
 
     with torch.no_grad():
-        hooks = []
+        hooks = [model.model.embed_tokens.register_forward_hook(after_embedding)]
         for layer in model.model.layers:
             hooks.append(layer.register_forward_hook(after_layer))
             if hasattr(layer.self_attn, "indexer"):
@@ -151,13 +167,11 @@ def observe(
         attention: likewise; None: "masked" with an indexer, for transformers masks dense scores
             too, else "dense".
     """
-    if attention is None:
-        attention = "masked" if model.config.has_indexer else "dense"
-    mode = Mode(attention, select=attention != "dense")
+    mode = _mode(model.config, attention)
     rows = model.rows(jnp.asarray(tokens), segment_ids=_maybe(segment_ids))
     h = jnp.take(model.embed_tokens.weight[...], tokens, axis=0).astype(model.dtype)
     h = h.astype(residual_dtype(model.config, model.dtype))
-    hidden, chosen, shared = [], [], None
+    hidden, chosen, shared = [np.asarray(h, np.float32)], [], None
     for layer, block in layers(model):
         h, shared = _run_block(block, h, rows, jnp.int32(layer), shared, mode)
         hidden.append(np.asarray(h.astype(model.dtype), np.float32))
@@ -165,6 +179,31 @@ def observe(
             chosen.append(np.asarray(shared.mask(tokens.shape[1])))
     logits = np.asarray(_run_head(model, h))
     return Observed(logits, np.stack(hidden), np.stack(chosen) if chosen else None)
+
+
+def observe_layers(
+    model: Transformer, theirs: Observed, attention: Attention | None = None
+) -> LayerDifference:
+    """Runs each of our layers on the other model's input; arguments as for `observe`."""
+    mode = _mode(model.config, attention)
+    shape = theirs.logits.shape[:2]
+    rows = model.rows(jnp.zeros(shape, jnp.int32))
+    errors, shares, shared = [], [], None
+    for layer, block in layers(model):
+        before, after = theirs.hidden[layer], theirs.hidden[layer + 1]
+        h = jnp.asarray(before, residual_dtype(model.config, model.dtype))
+        out, shared = _run_block(block, h, rows, jnp.int32(layer), shared, mode)
+        off = np.asarray(out.astype(model.dtype), np.float64) - after
+        errors.append(np.sqrt((off**2).mean(-1) / ((after - before) ** 2).mean(-1)))
+        if shared is not None and theirs.selected is not None:
+            shares.append(_overlap(np.asarray(shared.mask(shape[1])), theirs.selected[layer]))
+    return LayerDifference(float(np.median(errors)), float(np.mean(shares)) if shares else 1.0)
+
+
+def _mode(config: ModelConfig, attention: Attention | None) -> Mode:
+    if attention is None:
+        attention = "masked" if config.has_indexer else "dense"
+    return Mode(attention, select=attention != "dense")
 
 
 def _maybe(segment_ids: np.ndarray | None) -> Array | None:
@@ -215,10 +254,10 @@ def difference(ours: Observed, theirs: Observed, valid: np.ndarray | None = None
     worst = max(
         _relative(x[valid], y[valid]) for x, y in zip(ours.hidden, theirs.hidden, strict=True)
     )
-    overlap = 1.0
+    keys = 1.0
     if ours.selected is not None and theirs.selected is not None:
-        overlap = _overlap(ours.selected[:, valid], theirs.selected[:, valid])
-    return Difference(_relative(a, b), worst, float(kl.mean()), float(kl.max()), overlap)
+        keys = _overlap(ours.selected[:, valid], theirs.selected[:, valid])
+    return Difference(_relative(a, b), worst, float(kl.mean()), keys)
 
 
 def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -251,7 +290,8 @@ class Line(NamedTuple):
 
     name: str
     switch: str
-    difference: Difference
+    layer: LayerDifference
+    model: Difference
 
 
 @dataclass(frozen=True)
@@ -338,23 +378,32 @@ def compare(
         lines = []
         for case in cases(config.replace(fp8_weights=None, num_nextn_predict_layers=0)):
             report(f"running {case.name}")
-            ours = observe(with_config(model, case.config), tokens, attention=case.attention)
-            lines.append(Line(case.name, case.switch, difference(ours, theirs)))
+            ours = with_config(model, case.config)
+            layer = observe_layers(ours, theirs, case.attention)
+            whole = difference(observe(ours, tokens, attention=case.attention), theirs)
+            lines.append(Line(case.name, case.switch, layer, whole))
     return lines
 
 
-HEADINGS = ("this package", "by", "logits", "hidden", "KL", "worst KL", "same keys")
+HEADINGS = ("this package", "by", "layer", "same keys", "logits", "KL", "same keys, whole model")
 
 
 def cells(line: Line) -> tuple[str, ...]:
     """A line as text, in the order of `HEADINGS`."""
-    d = line.difference
-    numbers = (d.logits, d.hidden, d.kl, d.worst_kl)
-    return line.name, line.switch, *(f"{x:.1e}" for x in numbers), f"{100 * d.overlap:.2f} %"
+    layer, model = line.layer, line.model
+    return (
+        line.name,
+        line.switch,
+        f"{layer.update:.1e}",
+        f"{100 * layer.keys:.2f} %",
+        f"{model.logits:.1e}",
+        f"{model.kl:.1e}",
+        f"{100 * model.keys:.2f} %",
+    )
 
 
 def markdown(lines: list[Line]) -> str:
     """The table as it stands in the documentation."""
-    rows = [HEADINGS, ("---", "---", *["---:"] * 5), *map(cells, lines)]
-    rows[2:] = [(row[0], f"`{row[1]}`", *row[2:]) for row in rows[2:]]
+    rows = [(name, f"`{switch}`", *numbers) for name, switch, *numbers in map(cells, lines)]
+    rows = [HEADINGS, ("---", "---", *["---:"] * 5), *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

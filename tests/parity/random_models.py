@@ -16,10 +16,14 @@ LENGTH = 72  # nine times index_topk, and beyond YaRN's original context of 64
 
 def configs() -> dict[str, ModelConfig]:
     """What is compared, by name."""
-    # Twelve heads: with few of them, keys that all heads reject tie at exactly 0, and torch breaks
-    # ties as it likes.
-    v32 = presets.get("tiny-fp8").replace(numerics=Numerics(), index_n_heads=12)
-    glm = presets.get("tiny-shared").replace(index_n_heads=12)
+    widths = {
+        # With few heads, keys that all of them reject tie at exactly 0, and torch breaks ties as
+        # it likes.
+        "index_n_heads": 12,
+        "moe_intermediate_size": 32,  # torch's grouped products want strides of 16 bytes
+    }
+    v32 = presets.get("tiny-fp8").replace(numerics=Numerics(), **widths)
+    glm = presets.get("tiny-shared").replace(**widths)
     return {
         "deepseek_v32": v32,
         "deepseek_v3": v32.without_indexer(),
@@ -28,8 +32,15 @@ def configs() -> dict[str, ModelConfig]:
     }
 
 
-def build(config: ModelConfig, seed: int = 0) -> Any:
-    """A transformers model of lively weights: norms off 1, biases off 0, scores not uniform."""
+def build(config: ModelConfig, seed: int = 0, update: float = 1.0) -> Any:
+    """A transformers model of lively weights: norms off 1, biases off 0, scores not uniform.
+
+    Args:
+        config: the architecture.
+        seed: of the weights.
+        update: factor on what a layer adds to the residual. At 1 a layer rewrites it, and in bf16
+            one expert chosen otherwise changes all that follows; trained models are calmer.
+    """
     torch, transformers = torch_modules()
     theirs = transformers.AutoConfig.for_model(**config.to_hf())
     model = transformers.AutoModelForCausalLM.from_config(theirs, attn_implementation="eager")
@@ -47,14 +58,16 @@ def build(config: ModelConfig, seed: int = 0) -> Any:
                 value = noise
             else:
                 value = 1.2 * noise * tensor.shape[-1] ** -0.5
+            if "o_proj" in name or "down_proj" in name:
+                value = update * value
             tensor.copy_(value)
     return model.eval()
 
 
-def save(name: str, folder: Path, dtype: str = "fp32") -> Path:
+def save(name: str, folder: Path, dtype: str = "fp32", update: float = 1.0) -> Path:
     """Writes the checkpoint of a name, as `save_pretrained` does."""
     torch, _ = torch_modules()
-    model = build(configs()[name])
+    model = build(configs()[name], update=update)
     if dtype == "bf16":
         model = model.to(torch.bfloat16)
     model.save_pretrained(folder)

@@ -96,12 +96,12 @@ def torch_modules() -> tuple[Any, Any]:
 
 
 def load_transformers(folder: str | Path, dtype: Precision) -> Any:
-    """A checkpoint as transformers builds it, attention written out."""
+    """A checkpoint as transformers builds it."""
     torch, transformers = torch_modules()
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
-        attn_implementation="eager",
+        attn_implementation="sdpa",
         local_files_only=True,
     ).eval()
 

@@ -7,13 +7,14 @@ another needs. `plan` compares it with its config before anything is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from convert import weights
 from convert.rules import Entry, entries, hf_scale
 from convert.safetensors import ConvertError
 from convert.weights import BF16, E4M3, F16, F32
@@ -159,22 +160,14 @@ def _all_or_none_in_fp8(source: Source, leaves: list[Leaf]) -> bool:
 def _inventory(source: Source, mtp: bool) -> tuple[ModelConfig, tuple[Entry, ...]]:
     """The config, without extra layers that are not there or not wanted, and what it asks for."""
     config = source.config
-    extra = {
-        name
-        for entry in entries(config)
-        if entry.path[0] == "mtp"
-        for weight in entry.names
-        for name in (weight, hf_scale(weight))
-    }
     ignored: set[str] = set()
-    if not mtp or not extra & source.tensors.keys():
-        config, ignored = config.replace(num_nextn_predict_layers=0), extra
+    if not mtp or not has_mtp(source):
+        config, ignored = config.replace(num_nextn_predict_layers=0), _extra(config)
     inventory = entries(config)
     wanted = {name for entry in inventory for name in entry.names}
     scales = {hf_scale(n) for entry in inventory if entry.kind == "matrix" for n in entry.names}
     found = set(source.tensors) - ignored
     if missing := sorted(wanted - found):
-        # A tensor of the same layer tells where to look.
         raise ConvertError(f"{source}: missing {_some(missing)}, which its config asks for")
     if left := sorted(found - wanted - scales):
         raise ConvertError(
@@ -182,6 +175,19 @@ def _inventory(source: Source, mtp: bool) -> tuple[ModelConfig, tuple[Entry, ...
             + (f"; nor {_some(left[1:])}" if left[1:] else "")
         )
     return config, inventory
+
+
+def has_mtp(source: Source) -> bool:
+    """Whether there is any tensor of a multi-token-prediction layer.
+
+    Configs speak of such layers also where a checkpoint was saved without them.
+    """
+    return not _extra(source.config).isdisjoint(source.tensors)
+
+
+def _extra(config: ModelConfig) -> set[str]:
+    weights = [name for entry in entries(config) if entry.path[0] == "mtp" for name in entry.names]
+    return {*weights, *map(hf_scale, weights)}
 
 
 def _some(names: list[str]) -> str:
@@ -232,13 +238,42 @@ def _check_scale(source: Source, entry: Entry, name: str) -> None:
         )
 
 
-class Stripe(NamedTuple):
-    """Converted rows of one tensor, and of its scales."""
+class Rows(NamedTuple):
+    """Some rows of a tensor, converted, with their block scales if they are in FP8."""
 
-    rows: slice
+    start: int
     value: np.ndarray
-    scale_rows: slice
+    scale_start: int
     scale: np.ndarray | None
+
+
+def converted(
+    source: Source, plan: Plan, leaf: Leaf, name: str, rows: range | None = None
+) -> Iterator[Rows]:
+    """A tensor in its new dtype, a few rows at a time.
+
+    Args:
+        source: where it is.
+        plan: of the conversion.
+        leaf: what it belongs to.
+        name: of the tensor, one of the leaf's.
+        rows: which, whole tiles of them; None is all.
+
+    Raises:
+        ConvertError: block scales that are no numbers.
+    """
+    shape = leaf.entry.their_shape
+    tile = plan.tile_rows
+    scales = scales_of(source, name) if leaf.scales_in else None
+    for stripe in weights.stripes(rows or range(shape[0]), math.prod(shape[1:]), tile):
+        blocks = slice(stripe.start // tile, -(-stripe.stop // tile))
+        value, scale = weights.convert(
+            source.read(name, stripe),
+            None if scales is None else scales[blocks],
+            leaf.wanted,
+            plan.fp8,
+        )
+        yield Rows(stripe.start, value, blocks.start, scale)
 
 
 def scales_of(source: Source, name: str) -> np.ndarray:
@@ -255,5 +290,3 @@ def scales_of(source: Source, name: str) -> np.ndarray:
             "not negative"
         )
     return scale
-
-

@@ -16,7 +16,6 @@ Published weights are `[out, in]`, ours `[in, out]`; experts are one tensor each
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +27,7 @@ import numpy as np
 from flax import nnx
 
 from dsa_jax.config import Fp8Weights, ModelConfig
-from dsa_jax.layer_tree import KeyPath, flatten, leaf_places
+from dsa_jax.layer_tree import KeyPath, flatten, leaf_places, scale_path
 from dsa_jax.mtp import MTP
 from dsa_jax.quantization import E4M3
 from dsa_jax.transformer import Transformer
@@ -162,13 +161,17 @@ class Entry:
     @property
     def scale_path(self) -> KeyPath:
         """Of our leaf of block scales."""
-        *parents, last = self.path
-        return (*parents, "scale" if last == "weight" else f"{last}_scale")
+        return scale_path(self.path)
 
     def scale_shape(self, fp8: Fp8Weights) -> tuple[int, ...]:
         """Of our leaf of block scales."""
         *stack, rows, columns = self.shape
         return (*stack, -(-rows // fp8.tile[0]), -(-columns // fp8.tile[1]))
+
+    def part(self, leaf: np.ndarray, expert: int) -> np.ndarray:
+        """What is one tensor of a leaf (or of its scales), as a view in their layout."""
+        found = leaf[expert] if self.stacked else leaf
+        return found.T if self.transposed else found
 
     def their_scale_shape(self, fp8: Fp8Weights) -> tuple[int, ...]:
         """Of the block scales of each of `names`."""
@@ -216,24 +219,23 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
     for k in range(config.num_nextn_predict_layers):
         flat = flatten(shapes["mtp"][0])
         found += [(("mtp", str(k), *path), leaf.shape, leaf.dtype) for path, leaf in flat.items()]
-    made = [_entry(*leaf, config) for leaf in found if not leaf[0][-1].endswith("scale")]
+    made = [
+        _entry(path, shape, dtype, config)
+        for path, shape, dtype in found
+        if not path[-1].endswith("scale")
+    ]
     return tuple(sorted(made, key=lambda entry: _order(entry.path)))
-
-
-def without_mtp(config: ModelConfig) -> ModelConfig:
-    """The config of the model alone."""
-    return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
 def _entry(path: KeyPath, shape: tuple[int, ...], dtype: np.dtype, config: ModelConfig) -> Entry:
     section, below, hf, demo = _prefix(path, config)
     rule = RULES[section]["/".join(below)]
     numbers = range(shape[0]) if len(shape) == 3 else range(1)
-    kinds = {E4M3: "matrix", jnp.float32: "fp32"}
+    kind = "matrix" if dtype == E4M3 else "fp32" if dtype == jnp.float32 else "float"
     return Entry(
         path=path,
         shape=tuple(shape),
-        kind=next((kind for of, kind in kinds.items() if dtype == of), "float"),
+        kind=kind,
         names=tuple(hf + rule.hf.format(e=e) for e in numbers),
         demo=() if demo is None else tuple(demo + rule.demo.format(e=e) for e in numbers),
         transposed=rule.transposed,

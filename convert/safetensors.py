@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,19 +66,20 @@ class SafetensorsFile:
         with open(self.path, "rb") as file:
             self.tensors = read_header(self.path, file, os.fstat(file.fileno()).st_size)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._last: tuple[int, int] | None = None
 
-    def read(self, name: str) -> np.ndarray:
-        """A read-only view of a tensor."""
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """A read-only view of some rows; the memory of the view before it is given back."""
         dtype, shape, start, end = self.tensors[name]
-        raw = np.frombuffer(self._map, np.uint8, end - start, start)
-        return raw.view(dtype).reshape(shape)
-
-    def release(self, name: str) -> None:
-        """Gives the memory of a tensor's pages back; views of it stay valid and read it anew."""
-        info = self.tensors[name]
-        start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
-        if info.end > start:
-            self._map.madvise(mmap.MADV_DONTNEED, start, info.end - start)
+        if self._last is not None:
+            # The pages stay in the system's cache, but no longer count as this process's.
+            self._map.madvise(mmap.MADV_DONTNEED, *self._last)
+        view = np.frombuffer(self._map, np.uint8, end - start, start).view(dtype).reshape(shape)
+        first, last, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
+        width = (end - start) // shape[0] if shape and shape[0] else end - start
+        at = (start + first * width) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._last = (at, start + last * width - at) if last > first else None
+        return view[rows] if shape else view
 
 
 def read_header(path: Path, file: Any, size: int) -> dict[str, TensorInfo]:
@@ -155,7 +156,7 @@ def _tensor_info(path: Path, name: str, item: Any, base: int, size: int) -> Tens
 
 
 class SafetensorsWriter:
-    """A file whose tensors are known beforehand and come in any order.
+    """A new file whose tensors are known beforehand and come in any order, rows at a time.
 
     Args:
         path: of the file to make.
@@ -163,62 +164,68 @@ class SafetensorsWriter:
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
-        self.path = path
         # Wide types first: whatever the counts, every tensor is then aligned to its own width.
         order = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        places: dict[str, tuple[int, int]] = {}
+        ends: dict[str, int] = {}
         end = 0
         for name in order:
             dtype, shape = tensors[name]
             start, end = end, end + math.prod(shape) * dtype.itemsize
-            places[name] = start, end
             header[name] = {
                 "dtype": _NAMES[dtype],
                 "shape": list(shape),
                 "data_offsets": [start, end],
             }
+            ends[name] = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         base = 8 + len(text)
-        self._infos = {
-            n: TensorInfo(*tensors[n], base + start, base + end)
-            for n, (start, end) in places.items()
+        self._tensors = {
+            name: TensorInfo(
+                *tensors[name], base + header[name]["data_offsets"][0], base + ends[name]
+            )
+            for name in order
         }
-        self._missing = set(tensors)
+        self._left = end
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115  (closed by `close`)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
-    def write(self, name: str, value: np.ndarray) -> None:
-        """Writes a tensor, once."""
-        info = self._infos[name]
-        assert (value.dtype, value.shape) == info[:2], (name, value.dtype, value.shape, info)
-        self._missing.remove(name)
-        view = memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-        at = info.start
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes have been written."""
+        return self._left == 0
+
+    def write(self, name: str, start: int, rows: np.ndarray) -> None:
+        """Writes rows `start`, ... of a tensor; each is to be written once."""
+        dtype, shape, first, last = self._tensors[name]
+        assert (rows.dtype, rows.shape[1:]) == (dtype, shape[1:]), (name, rows.dtype, rows.shape)
+        view = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+        at = first + start * math.prod(shape[1:]) * dtype.itemsize
+        assert at + len(view) <= last, (name, start, rows.shape, shape)
+        self._left -= len(view)
         while len(view):
             done = os.pwrite(self._file.fileno(), view, at)
             view, at = view[done:], at + done
 
-    def close(self, *, complete: bool = True) -> None:
-        """Ends the file; what is missing is a mistake of the caller."""
-        assert not (complete and self._missing), sorted(self._missing)[:3]
-        if complete:
+    def close(self) -> None:
+        """Ends the file; a complete one is on the disk when this returns."""
+        if self.complete:
             os.fsync(self._file.fileno())
         self._file.close()
 
 
-def shard(
-    tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]], limit: int
-) -> list[dict[str, tuple[np.dtype, tuple[int, ...]]]]:
-    """Deals tensors, in order, into files of at most `limit` bytes each (or one tensor)."""
-    shards: list[dict[str, tuple[np.dtype, tuple[int, ...]]]] = []
+def shard[Tensor: tuple[Any, ...]](
+    tensors: Mapping[str, Tensor], limit: int
+) -> list[dict[str, Tensor]]:
+    """Deals tensors (dtype, shape), in order, into files of at most `limit` bytes or one tensor."""
+    shards: list[dict[str, Tensor]] = []
     total = limit + 1
-    for name, dtype, shape in tensors:
-        size = math.prod(shape) * dtype.itemsize
+    for name, tensor in tensors.items():
+        size = math.prod(tensor[1]) * tensor[0].itemsize
         if total + size > limit:
             shards.append({})
             total = 0
-        shards[-1][name] = dtype, shape
+        shards[-1][name] = tensor
         total += size
     return shards

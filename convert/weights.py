@@ -1,7 +1,7 @@
-"""Arrays between layouts and dtypes, in NumPy and in stripes, so that scratch memory stays small.
+"""Numbers from one dtype to another, in NumPy, a few rows at a time.
 
-Everything here works on a published tensor, `[out, in]`. The block scales of an FP8 weight are
-`[out/a, in/b]` and multiply: w = q * s.
+Everything here is in the published layout: weights `[out, in]`, the block scales of an FP8 weight
+`[out/a, in/b]`; they multiply, w = q * s.
 """
 
 from __future__ import annotations
@@ -16,92 +16,88 @@ from dsa_jax.quantization import E4M3_MAX
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)
+F16 = np.dtype(np.float16)
 F32 = np.dtype(np.float32)
-# Numbers converted at a time; their fp32 form takes four times as many bytes.
+# Numbers converted at a time; their fp32 form takes 64 MiB.
 _STRIPE = 2**24
+# Side of the squares that are transposed one after the other: their rows and columns both stay in
+# the processor's cache.
+_SQUARE = 256
 
 
-def stripes(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
-    """Runs of whole rows of about `_STRIPE` numbers, each but the last a multiple of `multiple`."""
-    step = max(1, _STRIPE // max(columns, 1) // multiple) * multiple
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def stripes(rows: range, columns: int, tile: int) -> Iterator[slice]:
+    """Runs of rows of about `_STRIPE` numbers; all but the last have a multiple of `tile` rows."""
+    step = max(1, _STRIPE // max(columns, 1) // tile) * tile
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
 
 
 def copy(out: np.ndarray, value: np.ndarray) -> None:
-    """`out[...] = value`, cast if the dtypes differ.
-
-    `out` may be a transposed view: rows are taken few at a time, so that the columns they become
-    stay in the processor's cache.
-    """
-    if value.ndim < 2:
-        out[...] = value.astype(out.dtype)
+    """`out[...] = value` for equal dtypes, fast where `out` is a transposed view."""
+    # As integers: moving a NaN as a float may change its bits.
+    bits = np.dtype(f"u{out.dtype.itemsize}")
+    out, value = out.view(bits), value.view(bits)
+    if value.ndim < 2 or out.flags.c_contiguous == value.flags.c_contiguous:
+        out[...] = value
         return
-    if out.dtype == value.dtype:  # bits, so that nothing is quieted or flushed on the way
-        bits = np.dtype(f"u{out.dtype.itemsize}")
-        out, value = out.view(bits), value.view(bits)
-    for i in range(0, value.shape[0], _TILE):
-        for j in range(0, value.shape[1], _TILE):
-            tile = slice(i, i + _TILE), slice(j, j + _TILE)
-            out[tile] = value[tile].astype(out.dtype, copy=False)
+    for i in range(0, value.shape[0], _SQUARE):
+        for j in range(0, value.shape[1], _SQUARE):
+            square = slice(i, i + _SQUARE), slice(j, j + _SQUARE)
+            out[square] = value[square]
 
 
-_TILE = 256
+def convert(
+    value: np.ndarray, scale: np.ndarray | None, wanted: np.dtype, fp8: Fp8Weights | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Some rows of a tensor in another dtype; equal dtypes keep their bits.
 
+    Args:
+        value: rows of a vector or matrix, whole tiles of them if it is or becomes FP8.
+        scale: their block scales if `value` is in FP8.
+        wanted: the dtype.
+        fp8: the tiles' size.
 
-def put(
-    out: np.ndarray,
-    out_scale: np.ndarray | None,
-    value: np.ndarray,
-    scale: np.ndarray | None,
-    fp8: Fp8Weights | None,
-) -> None:
-    """Writes a tensor into `out`, and into `out_scale` if that is to be in FP8.
-
-    Equal dtypes are copied bit by bit, FP8 with its scales.
+    Returns:
+        The rows, and their block scales if `wanted` is FP8.
     """
-    if out_scale is not None and scale is not None:
-        copy(out, value)
-        out_scale[...] = scale
-    elif scale is not None:
+    if value.dtype == wanted:
+        return value, scale
+    if scale is not None:
         assert fp8 is not None
-        dequantize(out, value, scale, fp8)
-    elif out_scale is not None:
+        value = dequantize(value, scale, fp8)
+    if wanted == E4M3:
         assert fp8 is not None
-        quantize(out, out_scale, value, fp8)
-    else:
-        copy(out, value)
+        return quantize(value, fp8)
+    return value.astype(wanted), None
 
 
-def dequantize(out: np.ndarray, q: np.ndarray, scale: np.ndarray, fp8: Fp8Weights) -> None:
-    """`out[...] = q * scale`, in fp32, rounded once."""
+def dequantize(q: np.ndarray, scale: np.ndarray, fp8: Fp8Weights) -> np.ndarray:
+    """`q * s` in fp32."""
+    return q.astype(np.float32) * _spread(scale, fp8, q.shape)
+
+
+def quantize(w: np.ndarray, fp8: Fp8Weights) -> tuple[np.ndarray, np.ndarray]:
+    """FP8 and scales, by the rule of `dsa_jax.quantization.weight_quant`."""
     a, b = fp8.weight_block_size
-    for rows in stripes(*q.shape, multiple=a):
-        blocks = slice(rows.start // a, -(-rows.stop // a))
-        wide = np.repeat(np.repeat(scale[blocks], a, axis=0), b, axis=1)
-        part = q[rows].astype(np.float32)
-        part *= wide[: part.shape[0], : part.shape[1]]
-        copy(out[rows], part)
-
-
-def quantize(out: np.ndarray, scale: np.ndarray, w: np.ndarray, fp8: Fp8Weights) -> None:
-    """Writes `out` (e4m3) and `scale`: the rule of `dsa_jax.quantization.weight_quant`."""
-    a, b = fp8.weight_block_size
-    for rows in stripes(*w.shape, multiple=a):
-        part = w[rows].astype(np.float32)
-        height, width = part.shape
-        padded = np.pad(np.abs(part), ((0, -height % a), (0, -width % b)))
-        amax = padded.reshape(-(-height // a), a, -(-width // b), b).max(axis=(1, 3))
-        s = np.where(amax > 0, amax / np.float32(E4M3_MAX), np.float32(1)).astype(np.float32)
-        if fp8.scale_format == "ue8m0":
-            s = power_of_two_above(s)
-        scale[rows.start // a : rows.start // a + len(s)] = s
-        part /= np.repeat(np.repeat(s, a, axis=0), b, axis=1)[:height, :width]
-        copy(out[rows], np.clip(part, -E4M3_MAX, E4M3_MAX, out=part).astype(E4M3))
+    w = w.astype(np.float32)
+    rows, columns = w.shape
+    padded = np.pad(np.abs(w), ((0, -rows % a), (0, -columns % b)))
+    amax = padded.reshape(-(-rows // a), a, -(-columns // b), b).max(axis=(1, 3))
+    scale = np.where(amax > 0, amax / np.float32(E4M3_MAX), np.float32(1))
+    if fp8.scale_format == "ue8m0":
+        scale = power_of_two_above(scale)
+    q = w / _spread(scale, fp8, w.shape)
+    return np.clip(q, -E4M3_MAX, E4M3_MAX).astype(E4M3), scale
 
 
 def power_of_two_above(s: np.ndarray) -> np.ndarray:
     """The least power of two >= s > 0, on the bits."""
-    bits = np.ascontiguousarray(s).view(np.uint32)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
-    return (exponent.astype(np.uint32) << 23).view(np.float32)
+    bits = np.ascontiguousarray(s, np.float32).view(np.uint32)
+    exponent = (bits >> np.uint32(23)) + ((bits & np.uint32(0x7FFFFF)) != 0)
+    return (exponent.astype(np.uint32) << np.uint32(23)).view(np.float32)
+
+
+def _spread(scale: np.ndarray, fp8: Fp8Weights, shape: tuple[int, ...]) -> np.ndarray:
+    """Each tile's scale at each of its numbers."""
+    a, b = fp8.weight_block_size
+    return np.repeat(np.repeat(scale, a, axis=0), b, axis=1)[: shape[0], : shape[1]]

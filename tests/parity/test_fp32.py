@@ -26,8 +26,8 @@ from convert.rules import entries
 from dsa_jax.cache import init_cache
 from dsa_jax.layer_tree import flatten, split_layers
 from dsa_jax.mla import Mode
+from tests.oracle.named_weights import LENGTH, tokens_of
 from tests.parity import random_models
-from tests.parity.random_models import LENGTH, tokens_of
 
 NAMES = ("deepseek_v32", "deepseek_v3", "glm-5", "glm-5.2")
 # fp32 through three to nine layers, sums in other orders; greatest difference over greatest value.

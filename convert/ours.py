@@ -7,6 +7,8 @@ CPU devices of each: `Cut` says how. Each process reads, converts and writes its
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +31,7 @@ from dsa_jax.store import CheckpointReader, CheckpointWriter
 _GROUP_BYTES = 2**28
 # Leaves are not cut into smaller pieces than this.
 _PIECE_BYTES = 2**26
+_THREADS = ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8))
 # Of files that go with the weights.
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
 
@@ -103,7 +106,11 @@ class OurFolder:
         if is_scale not in self._held or self._held[is_scale][0] != path:
             self._held.pop(is_scale, None)  # before the next one is there
             self._held[is_scale] = path, self._reader.read_local(path)
-        return entry.part(self._held[is_scale][1], expert)[rows]
+        part = entry.part(self._held[is_scale][1], expert)[rows]
+        # A copy: a view would keep the whole leaf in memory while the next one is read.
+        found = np.empty(part.shape, part.dtype)
+        weights.copy(found, part)
+        return found
 
 
 class Cut(NamedTuple):
@@ -166,11 +173,18 @@ class _Parts:
 
     def put(self, expert: int, start: int, value: np.ndarray) -> None:
         """Takes rows `start`, ... of a tensor."""
-        for _, ranges, array in self._pieces:
+
+        def put(piece: tuple[jax.Device, list[range], np.ndarray]) -> None:
+            _, ranges, array = piece
             rows, *columns = self._theirs(ranges)
             part = self._entry.part(array, expert - self.experts.start)
             target = part[start - rows.start :][: len(value)]
             weights.copy(target, value[(..., *(slice(c.start, c.stop) for c in columns))])
+
+        if len(self._pieces) == 1:
+            put(self._pieces[0])
+        else:  # NumPy copies without holding the interpreter's lock
+            list(_THREADS.map(put, self._pieces))
 
     def join(self) -> jax.Array:
         """The array; it takes over the memory of the pieces."""
@@ -203,11 +217,18 @@ def to_ours(
         for leaf in todo.leaves:
             size = math.prod(leaf.entry.shape) * leaf.wanted.itemsize
             if group and sum(made.nbytes for made in group.values()) + size > _GROUP_BYTES:
-                writer.write(nest(group))
-                group.clear()
+                _write(writer, group)
             group |= _make(source, todo, leaf, progress)
-        writer.write(nest(group))
+        _write(writer, group)
     return todo.config
+
+
+def _write(writer: CheckpointWriter, group: dict[KeyPath, jax.Array]) -> None:
+    """Writes leaves and frees their memory, whoever else still refers to them."""
+    writer.write(nest(group))
+    for leaf in group.values():
+        leaf.delete()
+    group.clear()
 
 
 def _make(source: Source, todo: Plan, leaf: Leaf, progress: Progress) -> dict[KeyPath, jax.Array]:

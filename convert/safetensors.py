@@ -33,6 +33,8 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Bytes to fetch beyond what is asked for: most readers go on with the next tensor.
+_AHEAD = 2**25
 # The format's own limit on the header.
 _HEADER_LIMIT = 100_000_000
 
@@ -79,6 +81,10 @@ class SafetensorsFile:
         width = (end - start) // shape[0] if shape and shape[0] else end - start
         at = (start + first * width) // mmap.PAGESIZE * mmap.PAGESIZE
         self._last = (at, start + last * width - at) if last > first else None
+        if self._last is not None:
+            # Have the disk fetch these rows, and those after them, before they are looked at.
+            ahead = min(self._last[1] + _AHEAD, len(self._map) - at)
+            self._map.madvise(mmap.MADV_WILLNEED, at, ahead)
         return view[rows] if shape else view
 
 

@@ -20,9 +20,9 @@ F16 = np.dtype(np.float16)
 F32 = np.dtype(np.float32)
 # Numbers converted at a time; their fp32 form takes 64 MiB.
 _STRIPE = 2**24
-# Side of the squares that are transposed one after the other: their rows and columns both stay in
-# the processor's cache.
-_SQUARE = 256
+# What is transposed at a time: few enough rows that the columns they become stay in the processor's
+# cache, and enough numbers in a row to read it at speed.
+_TILE = (32, 512)
 
 
 def stripes(rows: range, columns: int, tile: int) -> Iterator[slice]:
@@ -37,13 +37,18 @@ def copy(out: np.ndarray, value: np.ndarray) -> None:
     # As integers: moving a NaN as a float may change its bits.
     bits = np.dtype(f"u{out.dtype.itemsize}")
     out, value = out.view(bits), value.view(bits)
-    if value.ndim < 2 or out.flags.c_contiguous == value.flags.c_contiguous:
+    if value.ndim < 2:
         out[...] = value
         return
-    for i in range(0, value.shape[0], _SQUARE):
-        for j in range(0, value.shape[1], _SQUARE):
-            square = slice(i, i + _SQUARE), slice(j, j + _SQUARE)
-            out[square] = value[square]
+    if value.strides[0] < value.strides[1]:
+        out, value = out.T, value.T
+    if out.strides[0] >= out.strides[1]:
+        out[...] = value
+        return
+    for i in range(0, value.shape[0], _TILE[0]):
+        for j in range(0, value.shape[1], _TILE[1]):
+            tile = slice(i, i + _TILE[0]), slice(j, j + _TILE[1])
+            out[tile] = value[tile]
 
 
 def convert(

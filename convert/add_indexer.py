@@ -5,7 +5,7 @@ Indexers are made as a fresh model's are; everything else must be there, and not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -119,18 +119,23 @@ class WithIndexer:
 
 
 @lru_cache(maxsize=1)
-def _fresh(
-    config: ModelConfig, dtype: np.dtype, seed: int, layer: int
-) -> dict[KeyPath, np.ndarray]:
-    """The indexer of a layer, as a fresh model's is made."""
+def _maker(config: ModelConfig, dtype: np.dtype) -> Callable[[jax.Array], Indexer]:
+    """Compiled once for all layers."""
 
-    @jax.jit
     def make(key: jax.Array) -> Indexer:
         rngs = nnx.Rngs(params=key)
         return Indexer(config, rngs=rngs, dtype=jnp.float32, param_dtype=dtype)
 
+    return jax.jit(make)
+
+
+@lru_cache(maxsize=1)
+def _fresh(
+    config: ModelConfig, dtype: np.dtype, seed: int, layer: int
+) -> dict[KeyPath, np.ndarray]:
+    """The indexer of a layer, as a fresh model's is made."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        made = make(jax.random.fold_in(jax.random.key(seed), layer))
+        made = _maker(config, dtype)(jax.random.fold_in(jax.random.key(seed), layer))
     return {path: np.asarray(leaf) for path, leaf in flatten(made).items()}
 
 

@@ -395,15 +395,11 @@ def _check_divides(todo: Plan, count: int) -> None:
     """Whether the demo's files can be made: whole heads, whole experts, whole FP8 tiles."""
     if count < 1:
         raise ConvertError(f"parallel={count} must be at least 1")
-    heads = todo.config.num_attention_heads
-    if heads % count:
-        raise ConvertError(f"parallel={count} does not divide num_attention_heads={heads}")
+    for name in ("num_attention_heads", "n_routed_experts"):
+        if (number := getattr(todo.config, name)) % count:
+            raise ConvertError(f"parallel={count} does not divide {name}={number}")
     for leaf in todo.leaves:
         entry = leaf.entry
-        if entry.stacked and len(entry.names) % count:
-            raise ConvertError(
-                f"parallel={count} does not divide n_routed_experts={len(entry.names)}"
-            )
         if entry.split is None or entry.stacked:
             continue
         size = entry.their_shape[entry.split]

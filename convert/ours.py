@@ -6,6 +6,7 @@ CPU devices of each: `Cut` says how. Each process reads, converts and writes its
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -229,6 +230,7 @@ def _write(writer: CheckpointWriter, group: dict[KeyPath, jax.Array]) -> None:
     for leaf in group.values():
         leaf.delete()
     group.clear()
+    gc.collect()  # Orbax leaves them in a circle of references
 
 
 def _make(source: Source, todo: Plan, leaf: Leaf, progress: Progress) -> dict[KeyPath, jax.Array]:

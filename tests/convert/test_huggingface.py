@@ -90,7 +90,6 @@ def test_small_pieces_change_nothing(content, published, tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "_PIECE_BYTES", 1000)
     monkeypatch.setattr(ours, "_GROUP_BYTES", 10_000)
     monkeypatch.setattr(weights, "_STRIPE", 5000)
-    monkeypatch.setattr(weights, "_TILE", (24, 40))
     hf_to_orbax(published, tmp_path / "ours")
     orbax_to_hf(tmp_path / "ours", tmp_path / "back")
     assert_same_bits(read_hf(tmp_path / "back"), content)

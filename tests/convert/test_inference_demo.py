@@ -14,8 +14,8 @@ CONFIG = fp8_config(
     vocab_size=96,
     intermediate_size=512,
     moe_intermediate_size=512,
-    qk_nope_head_dim=120,  # with 8 rotary columns a head is one tile
-    v_head_dim=136,  # and 256 rows of kv_b_proj two
+    qk_nope_head_dim=96,  # with 32 rotary columns, or 32 of values, a head is one tile
+    qk_rope_head_dim=32,
     num_hidden_layers=2,
     num_attention_heads=16,
 )
@@ -97,7 +97,7 @@ def test_what_each_file_holds(ours, content, tmp_path):
         (0, "at least 1"),
         (3, "does not divide num_attention_heads=16"),
         (16, "does not divide n_routed_experts=8"),
-        (8, r"does not divide axis 0 of layers.0.ffn.w1.weight \[512, 128\] in whole tiles of 128"),
+        (8, r"does not divide axis 1 of layers.0.ffn.w2.weight \[128, 512\] in whole tiles of 128"),
     ],
 )
 def test_a_number_of_files_that_does_not_divide(count, message, ours, tmp_path):

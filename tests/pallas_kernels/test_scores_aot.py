@@ -10,7 +10,7 @@ SPILL_BYTES = {
     "e4m3": 24,
     "e4m3_32_heads": 48,
     "e4m3_16_heads": 80,
-    "e4m3_width_64": 8,
+    "e4m3_width_64": 16,
     "bf16": 8,
 }
 

@@ -1,0 +1,167 @@
+"""The warm-up loss on Hopper, with its gradient: one window of queries after another.
+
+For a window the indexer's scores, then the target of each tile beside them (kl, and the gradient
+of the scores), then the gradients of iq, ik and iw from that. What lies between the kernels is the
+scores (4 bytes) and their gradient (2 bytes) of a window's pairs: bounded by the workspace
+whatever T, so that memory is O(T + S). Every kernel and the sums over its parts are deterministic.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.indexer_loss import gradient_sm90, target_sm90
+from pallas_kernels.indexer_loss.target_sm90 import PAIR, TILE
+from pallas_kernels.lightning_indexer import scores_operands, scores_sm90
+from pallas_kernels.numerics import softmax
+from pallas_kernels.types import KeyRange
+
+_LOG2E = math.log2(math.e)
+_BYTES_OF_PAIR = 6
+
+
+def unsupported(iq, ik, q, k) -> str | None:
+    """Why the kernels cannot serve such a call; None where they can."""
+    heads, index_width = iq.shape[2:]
+    if not (iq.dtype == ik.dtype == q.dtype == k.dtype == jnp.bfloat16):
+        dtypes = f"{iq.dtype}, {ik.dtype}, {q.dtype} and {k.dtype}"
+        return f"iq, ik, q and k are {dtypes}, the kernel takes bfloat16"
+    if heads != gradient_sm90.HEADS:
+        return f"iq has I = {heads} heads, the kernel takes {gradient_sm90.HEADS}"
+    if index_width not in (64, 128):
+        return f"iq has heads of width H = {index_width}, the kernel takes 64 or 128"
+    if q.shape[-1] % 64:
+        return f"q has heads of width P+R = {q.shape[-1]}, the kernel takes multiples of 64"
+    return None
+
+
+class Gradient(NamedTuple):
+    """Of the weighted sum of kl."""
+
+    iq: jax.Array
+    ik: jax.Array
+    iw: jax.Array
+
+
+def forward(iq, ik, iw, q, k, lse, ranges: KeyRange, *, scale: float, workspace_bytes: int):
+    """`kl [B, T]`, by the signature of the reference."""
+    return run(iq, ik, iw, q, k, lse, ranges, None, scale=scale, workspace_bytes=workspace_bytes)[0]
+
+
+def backward(iq, ik, iw, q, k, lse, ranges: KeyRange, g, *, scale: float, workspace_bytes: int):
+    """Gradients of iq, ik and iw, by the signature of the reference."""
+    return run(iq, ik, iw, q, k, lse, ranges, g, scale=scale, workspace_bytes=workspace_bytes)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "interpret"))
+def run(
+    iq, ik, iw, q, k, lse, ranges: KeyRange, g, *,
+    scale: float, workspace_bytes: int, interpret: Any = None,
+):  # fmt: skip
+    """`(kl [B, T], Gradient)`: of `sum(g * kl)`, or None where g is None.
+
+    Args:
+        iq, ik, iw, q, k, lse, ranges: as in `indexer_kl_dense`.
+        g: f32 `[B, T]`, the gradient of kl, or None.
+        scale: the softmax scale of q and k.
+        workspace_bytes: bound on a window's scores and their gradient.
+        interpret: parameters of the GPU interpreter, or None.
+    """
+    batch, queries, index_heads, index_width = iq.shape
+    keys = ik.shape[1]
+    if 0 in (batch, queries, keys):
+        zeros = Gradient(*(jnp.zeros_like(x) for x in (iq, ik, iw)))
+        return jnp.zeros((batch, queries), jnp.float32), None if g is None else zeros
+    tiled = scores_operands.round_up(keys, TILE)
+    window = _window_queries(batch, queries, tiled, workspace_bytes)
+    padded = scores_operands.round_up(queries, window)
+    rows = _rows(ranges, g, keys, padded)
+    tiling = scores_operands.default_tiling(index_heads, index_width, iq.dtype)
+    scoring = scores_operands.Problem(
+        tiled, index_heads, window, tiling, scores_operands.sm_count(), False, interpret
+    )
+    operands = scores_operands.operands(
+        iq, ik, iw, KeyRange(rows.start[:, :queries], rows.end[:, :queries]), None, scoring
+    )
+    target = target_sm90.Problem(
+        batch, q.shape[2], q.shape[3], tiled, window, scale, g is not None, interpret
+    )
+    gradient = gradient_sm90.Problem(batch, index_width, tiled, window, interpret)
+    q, k, index_q, index_k = (_pad(x, 1, max(-(-x.shape[1] // 8) * 8, TILE)) for x in (q, k, iq, ik))
+    index_q = index_q.reshape(batch, -1, index_width)
+    weights = _pad(iw, 1, padded).reshape(batch, -1)
+    base2 = _pad(jnp.swapaxes(lse, 1, 2) * _LOG2E, 2, padded)
+
+    def step(dik, first):
+        scores = scores_sm90.score_window(operands, first, scoring)
+        here = KeyRange(
+            *(lax.dynamic_slice_in_dim(x, first, window, 1) for x in (rows.start, rows.end))
+        )
+        scores_lse = softmax(scores, here.mask(tiled))[2]
+        parts, d = target_sm90.window(first, q, k, base2, scores, scores_lse, rows, target)
+        kl = jnp.where(_live_tiles(rows, first, window, tiled), parts, 0.0).sum(axis=1)
+        if g is None:
+            return dik, (kl,)
+        live = gradient_sm90.Live(rows.first, rows.count)
+        inputs = (first, index_q, index_k, weights, d, live, gradient)
+        diq, diw = gradient_sm90.of_queries(*inputs)
+        return dik + gradient_sm90.of_keys(*inputs).sum(axis=1), (kl, diq, diw)
+
+    starts = jnp.arange(0, padded, window, dtype=jnp.int32)
+    dik = None if g is None else jnp.zeros((batch, tiled, index_width), jnp.float32)
+    if padded == window:
+        dik, results = step(dik, jnp.int32(0))
+        results = [x[None] for x in results]
+    else:
+        dik, results = lax.scan(step, dik, starts)
+    kl, *results = (
+        jnp.moveaxis(x, 0, 1).reshape(batch, padded, *shape)[:, :queries]
+        for x, shape in zip(results, ((), iq.shape[2:], iw.shape[2:]), strict=False)
+    )
+    if g is None:
+        return kl, None
+    diq, diw = results
+    return kl, Gradient(diq, dik[:, :keys].astype(ik.dtype), diw)
+
+
+def _window_queries(batch: int, queries: int, keys: int, workspace_bytes: int) -> int:
+    """Equal windows of whole pairs of tiles that fit the workspace."""
+    fit = max(workspace_bytes // (_BYTES_OF_PAIR * batch * keys) // PAIR, 1)
+    pairs = -(-queries // PAIR)
+    windows = -(-pairs // fit)
+    return -(-pairs // windows) * PAIR
+
+
+def _rows(ranges: KeyRange, g, keys: int, padded: int) -> target_sm90.Rows:
+    start, end = (_pad(jnp.clip(x, 0, keys), 1, padded) for x in ranges)
+    empty = start >= end  # padded queries too
+    low = jnp.where(empty, keys, start).reshape(start.shape[0], -1, PAIR).min(axis=2)
+    high = jnp.where(empty, 0, end).reshape(start.shape[0], -1, PAIR).max(axis=2)
+    first = low // TILE
+    count = jnp.maximum(-(-high // TILE) - first, 0)
+    g = jnp.zeros(start.shape, jnp.float32) if g is None else _pad(g, 1, padded)
+    return target_sm90.Rows(start, end, g, first, count)
+
+
+def _live_tiles(rows: target_sm90.Rows, first, window: int, keys: int):
+    """Which tiles of keys are live for the queries of a window: `[B, S / TILE, window]`."""
+    low, count = (
+        jnp.repeat(lax.dynamic_slice_in_dim(x, first // PAIR, window // PAIR, 1), PAIR, axis=1)
+        for x in (rows.first, rows.count)
+    )
+    since = jnp.arange(keys // TILE)[None, :, None] - low[:, None]
+    return (since >= 0) & (since < count[:, None])
+
+
+def _pad(x, axis: int, size: int):
+    if x.shape[axis] >= size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)

@@ -1,0 +1,39 @@
+"""Cases for `tests.aot.report`: the warm-up loss and its gradient as their callers meet them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import KeyRange
+from pallas_kernels.indexer_loss import dense_sm90
+
+
+def dense(width: int = 192, index_width: int = 128, gradient: bool = True):
+    def sds(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    batch, queries, keys, heads = 1, 1000, 5002, 3
+
+    def loss(iq, ik, iw, q, k, lse, start, end, g):
+        return dense_sm90.run(
+            iq, ik, iw, q, k, lse, KeyRange(start, end), g if gradient else None,
+            scale=width**-0.5, workspace_bytes=2**23,
+        )  # fmt: skip
+
+    bound = sds(batch, queries, dtype=jnp.int32)
+    return loss, (
+        sds(batch, queries, 64, index_width),
+        sds(batch, keys, index_width),
+        sds(batch, queries, 64, dtype=jnp.float32),
+        sds(batch, queries, heads, width),
+        sds(batch, keys, heads, width),
+        sds(batch, queries, heads, dtype=jnp.float32),
+        bound,
+        bound,
+        sds(batch, queries, dtype=jnp.float32),
+    )
+
+
+dense_value = functools.partial(dense, gradient=False)
+dense_width_64 = functools.partial(dense, 64, 64)

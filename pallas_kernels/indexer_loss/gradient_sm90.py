@@ -36,7 +36,7 @@ from pallas_kernels.indexer_loss.target_sm90 import PAIR, TILE
 
 HEADS = 64  # I: rows of a wgmma
 CONSUMERS = 2
-STAGES = 4
+STAGES, KEYS_STAGES = 4, 3  # of `of_queries` and `of_keys`
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
@@ -212,16 +212,16 @@ def of_keys(first, iq, ik, iw, d, live: Live, problem: Problem):
         out_type=jax.ShapeDtypeStruct((p.batch, p.parts, p.keys, p.width), jnp.float32),
         scratch_types=_KeysScratch(
             ik=plgpu.SMEM((CONSUMERS, 64, p.width), ik.dtype, transforms=_TRANSFORMS),
-            iq=plgpu.SMEM((STAGES, 2 * HEADS, p.width), ik.dtype, transforms=_TRANSFORMS),
-            d=plgpu.SMEM((STAGES, 2, TILE), jnp.bfloat16),
-            iw=plgpu.SMEM((STAGES, 2 * HEADS), jnp.float32),
+            iq=plgpu.SMEM((KEYS_STAGES, 2 * HEADS, p.width), ik.dtype, transforms=_TRANSFORMS),
+            d=plgpu.SMEM((KEYS_STAGES, 2, TILE), jnp.bfloat16),
+            iw=plgpu.SMEM((KEYS_STAGES, 2 * HEADS), jnp.float32),
             dik=plgpu.SMEM(
                 (CONSUMERS, 64, p.width), jnp.float32,
                 transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
             ),
             ik_full=plgpu.Barrier(num_barriers=CONSUMERS),
-            full=plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
-            free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
+            full=plgpu.Barrier(num_arrivals=3, num_barriers=KEYS_STAGES),
+            free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=KEYS_STAGES),
             turn=plgpu.Barrier(num_arrivals=CONSUMERS),
         )._asdict(),
         grid=(p.batch * p.parts * (p.keys // TILE),),
@@ -275,8 +275,8 @@ def _keys_body(p: Problem, first, iq, ik, iw, d, /, *refs, **scratch):
         plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
 
         def load(step, row, _):
-            slot = lax.rem(step, STAGES)
-            pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(smem.free.at[slot]))
+            slot = lax.rem(step, KEYS_STAGES)
+            pl.when(step >= KEYS_STAGES)(lambda: plgpu.barrier_wait(smem.free.at[slot]))
             rows = pl.ds((first[0] + row) * HEADS, 2 * HEADS)
             keys = pl.ds(tile * TILE, TILE)
             plgpu.copy_gmem_to_smem(iq.at[batch, rows], smem.iq.at[slot], smem.full.at[slot])
@@ -287,7 +287,7 @@ def _keys_body(p: Problem, first, iq, ik, iw, d, /, *refs, **scratch):
             return None
 
         steps, _ = over_queries(load, None)
-        for slot in range(STAGES):
+        for slot in range(KEYS_STAGES):
             pl.when(slot < steps)(lambda slot=slot: plgpu.barrier_wait(smem.free.at[slot]))
 
     @pl.when(warpgroup < CONSUMERS)
@@ -312,7 +312,7 @@ def _sum_queries(p: Problem, warpgroup, over_queries, smem: _KeysScratch):
     row, column = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
 
     def tokens(step, _, total):
-        slot = lax.rem(step, STAGES)
+        slot = lax.rem(step, KEYS_STAGES)
         factors = (smem.ik.at[warpgroup], smem.iq.at[slot].T)
         wait = functools.partial(plgpu.barrier_wait, smem.full.at[slot])
         dots = multiply((64, 2 * HEADS), [wait, factors, hand_over], interpret)

@@ -154,9 +154,11 @@ def _body(p: Problem, first, q, k, lse, scores, scores_lse, /, *refs, **scratch)
     batch, i = lax.div(i, pairs * tiles), lax.rem(i, pairs * tiles)
     tile, pair = lax.div(i, pairs), lax.rem(i, pairs)
     row = pair * PAIR + lax.axis_index("half") * TILE
-    place = _Place(batch, row, first[0] + row, tile)
-    since = tile - rows.first[batch, lax.div(first[0], PAIR) + pair]
-    live = (since >= 0) & (since < rows.count[batch, lax.div(first[0], PAIR) + pair])
+    origin = pl.multiple_of(first[0], PAIR)
+    place = _Place(batch, row, origin + row, tile)
+    of_all = lax.div(origin, PAIR) + pair
+    since = tile - rows.first[batch, of_all]
+    live = (since >= 0) & (since < rows.count[batch, of_all])
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(live & (warpgroup == CONSUMERS))

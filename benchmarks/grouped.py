@@ -1,0 +1,128 @@
+"""Times the experts' matmul and its gradients: `python -m benchmarks.grouped --check --json`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import device_time, environment, matmul_rates
+from pallas_kernels.grouped_matmul import rows_sm90, weights_sm90
+
+ROWS = 131072
+GROUPS = (8, 32, 256)
+SHAPES = ((7168, 4096), (2048, 7168))
+CTAS = 132
+
+
+def uneven(groups: int, rows: int, seed: int = 0) -> np.ndarray:
+    """Sizes that sum to `rows`: uneven as a router leaves them, every eighth group empty."""
+    share = np.random.default_rng(seed).gamma(4.0, size=groups)
+    share[7::8] = 0
+    ends = np.round(np.cumsum(share) / share.sum() * rows).astype(np.int64)
+    return np.diff(ends, prepend=0).astype(np.int32)
+
+
+def _matrices(groups: int, depth: int, columns: int):
+    few = jax.random.normal(jax.random.key(1), (8, depth, columns), jnp.bfloat16)
+    return few[jnp.arange(groups) * 5 % 8]
+
+
+def check(groups: int = 9, rows: int = 3001, depth: int = 320, columns: int = 704) -> dict:
+    """All three products against fp32, into memory that held NaN, and the bits of 20 runs."""
+    sizes = uneven(groups, rows)
+    key = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(key[0], (rows, depth), jnp.bfloat16)
+    w = jax.random.normal(key[1], (groups, depth, columns), jnp.bfloat16)
+    g = jax.random.normal(key[2], (rows, columns), jnp.bfloat16)
+    jnp.full((2**26,), jnp.nan, jnp.float32).block_until_ready().delete()
+
+    @jax.jit
+    def run(x, w, g, sizes):
+        return (
+            rows_sm90.multiply(x, w, sizes, transpose=False, ctas=CTAS),
+            rows_sm90.multiply(g, w, sizes, transpose=True, ctas=CTAS),
+            weights_sm90.multiply(x, g, sizes, ctas=CTAS),
+        )
+
+    found = run(x, w, g, jnp.asarray(sizes))
+    group = np.repeat(np.arange(groups), sizes)
+    x, w, g = (np.asarray(a, np.float32) for a in (x, w, g))
+    want = [np.zeros(a.shape, np.float32) for a in found]
+    for e in range(groups):
+        mine = group == e
+        want[0][mine], want[1][mine] = x[mine] @ w[e], g[mine] @ w[e].T
+        want[2][e] = x[mine].T @ g[mine]
+    again = [run(*(jnp.asarray(a, jnp.bfloat16) for a in (x, w, g)), sizes) for _ in range(20)]
+    return {
+        "errors": [_error(a, b) for a, b in zip(found, want, strict=True)],
+        "equal_runs": sum(
+            all(bool(jnp.array_equal(a, b)) for a, b in zip(run, found, strict=True))
+            for run in again
+        ),
+    }
+
+
+def _error(found, want) -> float:
+    found = np.asarray(found, np.float64)
+    return float(np.linalg.norm(found - want) / np.linalg.norm(want))
+
+
+def times(groups: int, depth: int, columns: int) -> dict:
+    """The product, and each of its two gradients."""
+    sizes = jnp.asarray(uneven(groups, ROWS))
+    x = jax.random.normal(jax.random.key(2), (ROWS, depth), jnp.bfloat16)
+    g = jax.random.normal(jax.random.key(3), (ROWS, columns), jnp.bfloat16)
+    w = _matrices(groups, depth, columns)
+    flop = 2.0 * ROWS * depth * columns
+    rows = functools.partial(rows_sm90.multiply, ctas=CTAS)
+    weights = functools.partial(weights_sm90.multiply, ctas=CTAS)
+    ms = {
+        "forward": device_time(
+            functools.partial(rows, transpose=False), x, w, sizes, repeats=3
+        ).median_ms,
+        "dx": device_time(
+            functools.partial(rows, transpose=True), g, w, sizes, repeats=3
+        ).median_ms,
+    }
+    del w
+    ms["dw"] = device_time(weights, x, g, sizes, repeats=3).median_ms
+    total = sum(ms.values())
+    return {
+        "op": "grouped_matmul",
+        "groups": groups,
+        "shape": f"{depth} x {columns}",
+        "ms": {name: round(value, 3) for name, value in ms.items()},
+        "tflops": {name: flop / value / 1e9 for name, value in ms.items()}
+        | {"all": 3 * flop / total / 1e9},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--groups", type=int, nargs="*", default=GROUPS)
+    parser.add_argument("--check", action="store_true", help="against the reference first")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    rows = []
+    if options.check:
+        rows.append(check())
+        print(rows[-1], flush=True)
+    rates = matmul_rates()
+    print(rates, flush=True)
+    for shape in SHAPES:
+        for groups in options.groups:
+            row = times(groups, *shape)
+            share = {name: value / rates["bf16"] for name, value in row["tflops"].items()}
+            rows.append(row | {"of_matmul": share})
+            print(rows[-1], flush=True)
+    if options.json:
+        print(json.dumps({"environment": environment(), "matmul": rates, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

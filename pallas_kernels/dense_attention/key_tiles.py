@@ -71,6 +71,48 @@ def plan(
     return (start, end), Tiles(first, count, whole_from, whole_to)
 
 
+class QueryTiles(NamedTuple):
+    """Which tiles of queries a block of keys goes through: i32.
+
+    `first` and `count` are `[B, blocks]`; `last_start` and `first_end` are `[B, tiles]`: all
+    queries of a tile see the keys between them.
+    """
+
+    first: Any
+    count: Any
+    last_start: Any
+    first_end: Any
+
+
+def plan_queries(
+    ranges: KeyRange, *, keys: int, block: int, tile: int
+) -> tuple[tuple[jax.Array, jax.Array], QueryTiles]:
+    """`((start, end), QueryTiles)`: ranges as in `plan`, padded with queries that see nothing.
+
+    Args:
+        ranges: the keys each query may see.
+        keys: S.
+        block: keys of a block.
+        tile: queries of a tile.
+    """
+    batch, queries = ranges.start.shape
+    start, end = (
+        jnp.pad(jnp.clip(x, 0, keys), ((0, 0), (0, -queries % tile))) for x in ranges
+    )
+    empty = start >= end
+    start, end = jnp.where(empty, keys, start), jnp.where(empty, 0, end)
+    starts, ends = (x.reshape(batch, -1, tile) for x in (start, end))
+    edge = jnp.arange(-(-keys // block)) * block
+    low, high = (x[:, None, :] for x in (starts.min(axis=2), ends.max(axis=2)))
+    seen = (low < edge[:, None] + block) & (high > edge[:, None])  # [B, blocks, tiles]
+    any_seen = seen.any(axis=2)
+    first = jnp.where(any_seen, jnp.argmax(seen, axis=2), 0)
+    after = seen.shape[2] - jnp.argmax(seen[..., ::-1], axis=2)
+    count = jnp.where(any_seen, after - first, 0)
+    first, count = first.astype(jnp.int32), count.astype(jnp.int32)
+    return (start, end), QueryTiles(first, count, starts.max(axis=2), ends.min(axis=2))
+
+
 def mask(scores, key, start, end):
     """-inf where a query (row of a WGMMA layout) does not see key `key` + column."""
     columns = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)

@@ -1,4 +1,4 @@
-"""Times the warm-up loss, value and gradient: `python -m benchmarks.indexer_loss --check --json`."""
+"""Times the warm-up loss and its gradient: `python -m benchmarks.indexer_loss --check --json`."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ def check(length: int = 1500, heads: int = 16) -> dict:
     _, lse = forward_sm90.attend(q, k, k[..., :128], ranges, scale=SCALE)
     arguments = (iq, ik, 100 * iw, q, k, lse, ranges)
     jnp.full((2**28,), jnp.nan, jnp.float32).block_until_ready().delete()
-    run = functools.partial(
-        dense_sm90.run, *arguments, g, scale=SCALE, workspace_bytes=2**23
-    )
+    run = functools.partial(dense_sm90.run, *arguments, g, scale=SCALE, workspace_bytes=2**23)
     kl, gradient = run()
     wide = [x.astype(jnp.float32) for x in arguments[:6]]
     options = dict(scale=SCALE, workspace_bytes=2**30)
@@ -70,9 +68,7 @@ def check(length: int = 1500, heads: int = 16) -> dict:
     return {
         "kl_error": float(jnp.abs(kl - want).max()),
         "kl_mean": float(want.mean()),
-        "gradient_errors": [
-            _error(x, y) for x, y in zip(gradient, want_gradient, strict=True)
-        ],
+        "gradient_errors": [_error(x, y) for x, y in zip(gradient, want_gradient, strict=True)],
         "equal_runs": same,
     }
 

@@ -3,7 +3,8 @@
 # pyright: reportPrivateImportUsage=false, reportReturnType=false
 """Dense attention on Hopper, backward: the gradients of keys and values.
 
-    P = exp(scale q k - lse)    dS = P (dout v - delta)    dk = scale sum_t dS q    dv = sum_t P dout
+    P  = exp(scale q k - lse)      dS = P (dout v - delta)
+    dk = scale sum_t dS q          dv = sum_t P dout
 
 A CTA takes 128 keys of a head, 64 a consumer, and goes through the queries from the first to the
 last that see any of them, 64 at a time. Keys are the rows of its products, so that P and dS come
@@ -177,9 +178,7 @@ def _produce(sources, first, count, smem: _Scratch):
 def _consume(p: _Problem, warpgroup, key, count, queries, smem: _Scratch):
     """`(sum_t dS q [64, P+R], sum_t P dout [64, V])` of a consumer's keys, fp32."""
     shape = (ROWS, TILE)
-    column = functools.partial(
-        plgpu.load, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
-    )
+    column = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
     def hand_over():
         plgpu.barrier_arrive(smem.turn)

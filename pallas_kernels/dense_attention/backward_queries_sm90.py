@@ -10,8 +10,8 @@ a CTA, 64 a consumer, through the tiles of keys that any of them sees; the two c
 turns. The softmax is rebuilt from lse, so that no query waits for another and the sum over keys
 has one order.
 
-Shared memory at 192/128: q 48 KiB (dq leaves through it), dout 32 KiB, two stages of 96 keys and
-values, 120 KiB. Registers of a consumer thread: 96 of dq, 48 each of scores and of dout v.
+Shared memory at 192/128: q 48 KiB (dq leaves through it), dout 32 KiB, three stages of 64 keys and
+values, 120 KiB. Registers of a consumer thread: 96 of dq, 32 each of scores and of dout v.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ ROWS = 64  # queries of a consumer
 CONSUMERS = 2
 BLOCK = ROWS * CONSUMERS
 CHUNK = 64  # columns of bf16 in a 128-byte swizzle
-TILE = 96  # keys
-STAGES = 2
+TILE = 64  # keys
+STAGES = 3
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
 _LOG2E = math.log2(math.e)
 TRANSFORMS = (plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128))
@@ -44,8 +44,8 @@ TRANSFORMS = (plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128))
 class _Scratch(NamedTuple):
     q: Any  # [consumers, chunks, 64, 64]: queries, then their gradient
     dout: Any  # [consumers, 64, V]
-    k: Any  # [stages, 96, P+R]
-    v: Any  # [stages, 96, V]
+    k: Any  # [stages, 64, P+R]
+    v: Any  # [stages, 64, V]
     own_full: Any
     full: Any
     free: Any
@@ -102,9 +102,7 @@ def gradient(q, k, v, ranges: KeyRange, lse, delta, dout, *, scale: float, inter
                 row(end.at[batch, rows]),
             )
             plgpu.barrier_wait(full)
-            total = _consume(
-                warpgroup, of_rows, work, smem, chunks, to_log2, interpret is not None
-            )
+            total = _consume(warpgroup, of_rows, work, smem, chunks, to_log2, interpret is not None)
             for i in range(chunks):
                 part = total[:, i * CHUNK : (i + 1) * CHUNK] * scale
                 smem.q.at[warpgroup, i][...] = part.astype(q.dtype)

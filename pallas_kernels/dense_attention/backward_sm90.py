@@ -59,7 +59,7 @@ def gradients(
     missing = ((0, 0), (0, 0), (0, -queries % backward_queries_sm90.BLOCK))
     lse = jnp.pad(jnp.swapaxes(lse, 1, 2), missing, constant_values=jnp.inf)
     delta = jnp.pad(jnp.swapaxes(delta, 1, 2), missing)
-    q, k, v, dout = (key_tiles.pad_rows(x) for x in (q, k, v, dout.astype(q.dtype)))
+    q, k, v, dout = (key_tiles.pad_rows(x, 64) for x in (q, k, v, dout.astype(q.dtype)))
     arguments = (q, k, v, ranges, lse, delta, dout)
     options = dict(scale=scale, interpret=interpret)
     dq = backward_queries_sm90.gradient(*arguments, **options)

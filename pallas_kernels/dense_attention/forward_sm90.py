@@ -45,6 +45,19 @@ _NEVER = -1e30
 TRANSFORMS = (plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128))
 
 
+def unsupported(q, v) -> str | None:
+    """Why this kernel cannot serve such queries and values; None where it can."""
+    if q.dtype != jnp.bfloat16:
+        return f"q, k and v are {q.dtype}, the kernel takes bfloat16"
+    for name, axis, width in (("q and k", "P+R", q.shape[-1]), ("v", "V", v.shape[-1])):
+        if width % CHUNK or not CHUNK <= width <= 256:
+            return (
+                f"{name} have heads of width {axis} = {width}, the kernel takes multiples of "
+                f"{CHUNK} up to 256"
+            )
+    return None
+
+
 class _Problem(NamedTuple):
     heads: int
     queries: int
@@ -88,7 +101,8 @@ def attend(q, k, v, ranges: KeyRange, *, scale: float, interpret: Any = None):
         lse = jnp.full((batch, queries, heads), -jnp.inf, jnp.float32)
         return jnp.zeros((batch, queries, heads, value_width), q.dtype), lse
     problem = _Problem(heads, queries, keys, width, value_width, scale, interpret)
-    q, k, v = (key_tiles.pad_rows(x) for x in (q, k, v))
+    q = key_tiles.pad_rows(q, ROWS)
+    k, v = (key_tiles.pad_rows(x, problem.tile) for x in (k, v))
     rows, tiles = key_tiles.plan(ranges, keys=keys, block=BLOCK, tile=problem.tile)
     chunks = max(width, value_width) // CHUNK
     kernel = plgpu.kernel(
@@ -252,13 +266,15 @@ def _consume(problem: _Problem, warpgroup, bounds, work: key_tiles.Work, smem: _
             following = lax.rem(j + 1, STAGES)
             pl.when(j + 1 < work.count)(lambda: plgpu.barrier_wait(smem.k_full.at[following]))
 
-        [total] = multiply_add([total], [Product(0, packed, smem.v.at[slot]), expect_keys], interpret)
+        steps = [Product(0, packed, smem.v.at[slot]), expect_keys]
+        [total] = multiply_add([total], steps, interpret)
         plgpu.barrier_arrive(smem.v_free.at[slot])
         return total, above, norm
 
     pl.when(work.count > 0)(lambda: plgpu.barrier_wait(smem.k_full.at[0]))
     pl.when(warpgroup == 1)(hand_over)
-    total, top, norm = lax.fori_loop(0, work.count, step, (zeros(problem.value_width), row(_NEVER), row(0.0)))
+    nothing = zeros(problem.value_width), row(_NEVER), row(0.0)
+    total, top, norm = lax.fori_loop(0, work.count, step, nothing)
     pl.when(warpgroup == 0)(hand_over)
     seen = norm > 0
     log_sum = jnp.where(seen, top / _LOG2E + jnp.log(jnp.where(seen, norm, 1.0)), -jnp.inf)

@@ -40,9 +40,12 @@ class Tiles(NamedTuple):
         return Work(*(x[batch, block] for x in self))
 
 
-def pad_rows(x):
-    """`[B, rows, ...]` with whole groups of 8 rows, as TMA takes tiled arrays; else not copied."""
-    missing = -x.shape[1] % 8
+def pad_rows(x, box: int):
+    """`[B, rows, ...]` as TMA takes it: whole groups of 8 rows, no fewer than a box.
+
+    What already is so is not copied.
+    """
+    missing = max(x.shape[1] + -x.shape[1] % 8, box) - x.shape[1]
     return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) if missing else x
 
 
@@ -96,9 +99,7 @@ def plan_queries(
         tile: queries of a tile.
     """
     batch, queries = ranges.start.shape
-    start, end = (
-        jnp.pad(jnp.clip(x, 0, keys), ((0, 0), (0, -queries % tile))) for x in ranges
-    )
+    start, end = (jnp.pad(jnp.clip(x, 0, keys), ((0, 0), (0, -queries % tile))) for x in ranges)
     empty = start >= end
     start, end = jnp.where(empty, keys, start), jnp.where(empty, 0, end)
     starts, ends = (x.reshape(batch, -1, tile) for x in (start, end))

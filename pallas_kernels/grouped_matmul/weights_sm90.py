@@ -138,9 +138,7 @@ class _Kernel:
         """`carry = body(item, carry)` over this CTA's tiles."""
         cta = lax.axis_index("cta")
         items = lax.div(self.total - cta + self.ctas - 1, self.ctas)
-        return lax.fori_loop(
-            0, items, lambda i, c: body(self.item(cta + i * self.ctas), c), carry
-        )
+        return lax.fori_loop(0, items, lambda i, c: body(self.item(cta + i * self.ctas), c), carry)
 
     def produce(self):
         """Streams x and g."""
@@ -159,7 +157,9 @@ class _Kernel:
                         smem.full.at[slot],
                     )
                 plgpu.copy_gmem_to_smem(
-                    self.g.at[rows, pl.ds(item.column, COLUMNS)], smem.g.at[slot], smem.full.at[slot]
+                    self.g.at[rows, pl.ds(item.column, COLUMNS)],
+                    smem.g.at[slot],
+                    smem.full.at[slot],
                 )
 
             lax.fori_loop(0, item.steps, step, None)

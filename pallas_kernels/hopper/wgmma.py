@@ -85,8 +85,8 @@ def multiply(
     """
     if interpret:
         zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-        steps = [step if callable(step) else Product(0, *step) for step in steps]
-        return multiply_add([zeros], steps, interpret)[0]
+        added = [step if callable(step) else Product(0, *step) for step in steps]
+        return multiply_add([zeros], added, interpret)[0]
 
     def run(accumulator):
         for step in steps:

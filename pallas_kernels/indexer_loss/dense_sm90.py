@@ -20,6 +20,7 @@ from pallas_kernels.indexer_loss import gradient_sm90, target_sm90
 from pallas_kernels.indexer_loss.target_sm90 import PAIR, TILE
 from pallas_kernels.lightning_indexer import scores_operands, scores_sm90
 from pallas_kernels.numerics import softmax
+from pallas_kernels.tiling import vary_like
 from pallas_kernels.types import KeyRange
 
 _LOG2E = math.log2(math.e)
@@ -93,7 +94,9 @@ def run(
         batch, q.shape[2], q.shape[3], tiled, window, scale, g is not None, interpret
     )
     gradient = gradient_sm90.Problem(batch, index_width, tiled, window, interpret)
-    q, k, index_q, index_k = (_pad(x, 1, max(-(-x.shape[1] // 8) * 8, TILE)) for x in (q, k, iq, ik))
+    q, k, index_q, index_k = (
+        _pad(x, 1, max(-(-x.shape[1] // 8) * 8, TILE)) for x in (q, k, iq, ik)
+    )
     index_q = index_q.reshape(batch, -1, index_width)
     weights = _pad(iw, 1, padded).reshape(batch, -1)
     base2 = _pad(jnp.swapaxes(lse, 1, 2) * _LOG2E, 2, padded)
@@ -114,7 +117,9 @@ def run(
         return dik + gradient_sm90.of_keys(*inputs).sum(axis=1), (kl, diq, diw)
 
     starts = jnp.arange(0, padded, window, dtype=jnp.int32)
-    dik = None if g is None else jnp.zeros((batch, tiled, index_width), jnp.float32)
+    dik = None
+    if g is not None:
+        dik = vary_like(jnp.zeros((batch, tiled, index_width), jnp.float32), (iq, ik, iw, q, k))
     if padded == window:
         dik, results = step(dik, jnp.int32(0))
         results = [x[None] for x in results]
@@ -126,6 +131,7 @@ def run(
     )
     if g is None:
         return kl, None
+    assert dik is not None
     diq, diw = results
     return kl, Gradient(diq, dik[:, :keys].astype(ik.dtype), diw)
 

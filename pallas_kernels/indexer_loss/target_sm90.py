@@ -134,7 +134,7 @@ def window(first, q, k, lse, scores, scores_lse, rows: Rows, problem: Problem):
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=p.interpret,
     )(jnp.asarray(first, jnp.int32)[None], q, k, lse, scores, scores_lse, *rows)
-    return (*results, None)[:2]
+    return results[0], results[1] if p.gradient else None
 
 
 class _Place(NamedTuple):
@@ -176,7 +176,7 @@ def _body(p: Problem, first, q, k, lse, scores, scores_lse, /, *refs, **scratch)
             p, mass, warpgroup, scores.at[batch, some, keys], scores_lse, rows, place
         )
         smem.kl.at[warpgroup][...] = divergence
-        if p.gradient:
+        if gradient is not None:
             smem.d.at[warpgroup][...] = gradient.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem.kl.at[warpgroup], kl.at[batch, tile, some])
@@ -258,7 +258,8 @@ def _compare(p: Problem, mass, warpgroup, scores, scores_lse, rows: Rows, place:
         return lax.broadcast_in_dim(x, mass.shape, [0])
 
     start, end, g = (
-        plgpu.load(x.at[of_all], layout=row, optimized=False) for x in (rows.start, rows.end, rows.g)
+        plgpu.load(x.at[of_all], layout=row, optimized=False)
+        for x in (rows.start, rows.end, rows.g)
     )
     log_sum = plgpu.load(scores_lse.at[here], layout=row, optimized=False)
     scores = plgpu.load(scores, layout=plgpu.Layout.WGMMA, optimized=False)

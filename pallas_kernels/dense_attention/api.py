@@ -83,7 +83,8 @@ class _Config(NamedTuple):
 
 def _run(q, k, v, ranges, config: _Config) -> tuple[jax.Array, jax.Array]:
     forward, _ = _ATTEND[config.implementation]
-    return forward(q, k, v, ranges, scale=config.scale, workspace_bytes=config.workspace_bytes)
+    results = forward(q, k, v, ranges, scale=config.scale, workspace_bytes=config.workspace_bytes)
+    return vary_like(results, (q, k, v))  # kernels do not say that they do
 
 
 def _attend_forward(q, k, v, ranges, config):
@@ -98,7 +99,7 @@ def _attend_backward(config, residuals, gradients):
     dq, dk, dv = backward(
         *residuals, *gradients, scale=config.scale, workspace_bytes=config.workspace_bytes
     )
-    return dq, dk, dv, None
+    return *vary_like((dq, dk, dv), residuals), None
 
 
 _attend = jax.custom_vjp(_run, nondiff_argnums=(4,))

@@ -219,9 +219,10 @@ def _check_indexer(op, iq, ik, iw, lse):
 
 def _run_dense(iq, ik, iw, q, k, lse, ranges, config: _Config):
     forward, _ = _DENSE[config.implementation]
-    return forward(
+    kl = forward(
         iq, ik, iw, q, k, lse, ranges, scale=config.scale, workspace_bytes=config.workspace_bytes
     )
+    return vary_like(kl, (iq, ik, iw, q, k))  # kernels do not say that they do
 
 
 def _dense_forward(iq, ik, iw, q, k, lse, ranges, config):
@@ -233,7 +234,7 @@ def _dense_backward(config, residuals, g):
     diq, dik, diw = backward(
         *residuals, g, scale=config.scale, workspace_bytes=config.workspace_bytes
     )
-    return diq, dik, diw, None, None, None, None
+    return *vary_like((diq, dik, diw), residuals), None, None, None, None
 
 
 _dense = jax.custom_vjp(_run_dense, nondiff_argnums=(7,))
@@ -250,6 +251,7 @@ def _dense_loss_forward(iq, ik, iw, q, k, lse, ranges, row_weights, config):
         iq, ik, iw, q, k, lse, ranges, row_weights,
         scale=config.scale, workspace_bytes=config.workspace_bytes,
     )  # fmt: skip
+    kl, gradient = vary_like((kl, tuple(gradient)), (iq, ik, iw, q, k))
     return (row_weights * kl).sum(), gradient
 
 

@@ -60,10 +60,10 @@ def backward(iq, ik, iw, q, k, lse, ranges: KeyRange, g, *, scale: float, worksp
     return run(iq, ik, iw, q, k, lse, ranges, g, scale=scale, workspace_bytes=workspace_bytes)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "ctas", "interpret"))
 def run(
     iq, ik, iw, q, k, lse, ranges: KeyRange, g, *,
-    scale: float, workspace_bytes: int, interpret: Any = None,
+    scale: float, workspace_bytes: int, ctas: int | None = None, interpret: Any = None,
 ):  # fmt: skip
     """`(kl [B, T], Gradient)`: of `sum(g * kl)`, or None where g is None.
 
@@ -72,6 +72,7 @@ def run(
         g: f32 `[B, T]`, the gradient of kl, or None.
         scale: the softmax scale of q and k.
         workspace_bytes: bound on a window's scores and their gradient.
+        ctas: how many share the scores; None for one an SM.
         interpret: parameters of the GPU interpreter, or None.
     """
     batch, queries, index_heads, index_width = iq.shape
@@ -85,7 +86,7 @@ def run(
     rows = _rows(ranges, g, keys, padded)
     tiling = scores_operands.default_tiling(index_heads, index_width, iq.dtype)
     scoring = scores_operands.Problem(
-        tiled, index_heads, window, tiling, scores_operands.sm_count(), False, interpret
+        tiled, index_heads, window, tiling, ctas or scores_operands.sm_count(), False, interpret
     )
     operands = scores_operands.operands(
         iq, ik, iw, KeyRange(rows.start[:, :queries], rows.end[:, :queries]), None, scoring
@@ -93,7 +94,7 @@ def run(
     target = target_sm90.Problem(
         batch, q.shape[2], q.shape[3], tiled, window, scale, g is not None, interpret
     )
-    gradient = gradient_sm90.Problem(batch, index_width, tiled, window, interpret)
+    gradient = gradient_sm90.Problem(batch, index_width, tiled, window, queries, interpret)
     q, k, index_q, index_k = (
         _pad(x, 1, max(-(-x.shape[1] // 8) * 8, TILE)) for x in (q, k, iq, ik)
     )

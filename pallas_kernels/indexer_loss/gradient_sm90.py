@@ -13,8 +13,7 @@ whose weights are a mask, and both computing iq . ik anew:
 
 `of_queries`: a CTA takes two queries, their 64 heads the 64 rows of each of two consumer
 warpgroups, through the live tiles of 128 keys. d of a query is a vector along the keys.
-`of_keys`: a CTA takes 128 keys, 64 a consumer, through the queries of a quarter of the window or
-less, two at a time. Its sum is a part of dik; parts are added up in a fixed order outside.
+`of_keys`: a CTA takes 128 keys, 64 a consumer, through 512 queries of the window, two at a time. Its sum is a part of dik; parts are added up in a fixed order outside.
 
 A tile of ik (of iq) is a factor of both products, so that it is loaded once. Consumers take turns:
 one multiplies while the other masks.
@@ -36,6 +35,7 @@ from pallas_kernels.indexer_loss.target_sm90 import PAIR, TILE
 
 HEADS = 64  # I: rows of a wgmma
 CONSUMERS = 2
+_PAIRS_OF_PART = 2  # few: so that CTAs are many, and alike under a causal range
 STAGES, KEYS_STAGES = 4, 3  # of `of_queries` and `of_keys`
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -49,6 +49,7 @@ class Problem(NamedTuple):
         width: H.
         keys: S, whole tiles.
         queries: queries of a window, whole pairs of tiles.
+        total: T, beyond which a window has nothing to do.
         interpret: parameters of the GPU interpreter, or None.
     """
 
@@ -56,13 +57,13 @@ class Problem(NamedTuple):
     width: int
     keys: int
     queries: int
+    total: int
     interpret: Any = None
 
     @property
     def parts(self) -> int:
-        """Into how many sums the queries of a window are cut: enough CTAs to keep SMs busy."""
-        pairs = self.queries // PAIR
-        return next(n for n in range(min(4, pairs), 0, -1) if pairs % n == 0)
+        """Into how many sums the queries of a window are cut."""
+        return pl.cdiv(self.queries // PAIR, _PAIRS_OF_PART)
 
 
 class Live(NamedTuple):
@@ -130,6 +131,7 @@ def _queries_body(p: Problem, first, iq, ik, iw, d, /, *refs, **scratch):
     row = (ctas - 1 - lax.rem(lax.axis_index("cta"), ctas)) * CONSUMERS
     pair = lax.div(first[0] + row, PAIR)
     low, count = live.first[batch, pair], live.count[batch, pair]
+    count = jnp.where(first[0] + row < p.total, count, 0)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == CONSUMERS)
@@ -248,7 +250,7 @@ class _KeysScratch(NamedTuple):
 
 def _keys_body(p: Problem, first, iq, ik, iw, d, /, *refs, **scratch):
     live, dik, smem = Live(*refs[:2]), refs[2], _KeysScratch(**scratch)
-    tiles, pairs = p.keys // TILE, p.queries // PAIR // p.parts
+    tiles, pairs = p.keys // TILE, p.queries // PAIR
     i = lax.axis_index("cta")
     batch, i = lax.div(i, tiles * p.parts), lax.rem(i, tiles * p.parts)
     tile, part = lax.div(i, p.parts), lax.rem(i, p.parts)
@@ -259,16 +261,18 @@ def _keys_body(p: Problem, first, iq, ik, iw, d, /, *refs, **scratch):
 
         def some(j, state):
             step, carry = state
-            pair = part * pairs + j
+            pair = part * _PAIRS_OF_PART + j
             since = tile - live.first[batch, lax.div(first[0], PAIR) + pair]
             seen = (since >= 0) & (since < live.count[batch, lax.div(first[0], PAIR) + pair])
-            steps = jnp.where(seen, PAIR // 2, 0)
+            left = lax.div(p.total - (first[0] + pair * PAIR) + 1, 2)
+            steps = jnp.where(seen, jnp.clip(left, 0, PAIR // 2), 0)
             carry = lax.fori_loop(
                 0, steps, lambda n, c: body(step + n, pair * PAIR + 2 * n, c), carry
             )
             return step + steps, carry
 
-        return lax.fori_loop(0, pairs, some, (jnp.int32(0), carry))
+        count = jnp.minimum(_PAIRS_OF_PART, pairs - part * _PAIRS_OF_PART)
+        return lax.fori_loop(0, count, some, (jnp.int32(0), carry))
 
     @pl.when(warpgroup == CONSUMERS)
     def _():

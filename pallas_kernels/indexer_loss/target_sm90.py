@@ -16,8 +16,8 @@ CTAs of neighbouring queries form a cluster that fetches each chunk of keys once
 lse normalises every head, so that the sum over the heads needs no other divisor than N. Masks
 enter once, at the end: exp of a pair that is not seen may be inf, but is never used.
 
-Shared memory: five stages of 32 KiB, 32 KiB of `d` on its way out. Registers: 240 a consumer
-thread (64 of scores, 64 of sums), 24 a producer's.
+Shared memory: seven stages of 32 KiB, two heads and a third; `d` leaves through the consumer's own
+part of them. Registers: 240 a consumer thread (64 of scores, 64 of sums), 24 a producer's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONSUMERS = 2
 TILE = 128  # keys, and queries of a CTA
 PAIR = 2 * TILE  # queries of a cluster
 CHUNK = 64  # columns of bf16 in a 128-byte swizzle
-STAGES = 5
+STAGES = 7
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
 _LOG2E = math.log2(math.e)
 _TRANSFORMS = (plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128))
@@ -82,9 +82,8 @@ class Rows(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    q: Any  # [stages, consumers, 64, 64]
+    q: Any  # [stages, consumers, 64, 64]; d in the end
     k: Any  # [stages, 128, 64]
-    d: Any  # [consumers, 64, 128]
     kl: Any  # [consumers, 64]
     full: Any
     free: Any
@@ -116,7 +115,6 @@ def window(first, q, k, lse, scores, scores_lse, rows: Rows, problem: Problem):
         scratch_types=_Scratch(
             q=plgpu.SMEM((STAGES, CONSUMERS, ROWS, CHUNK), q.dtype, transforms=_TRANSFORMS),
             k=plgpu.SMEM((STAGES, TILE, CHUNK), q.dtype, transforms=_TRANSFORMS),
-            d=plgpu.SMEM((CONSUMERS, ROWS, TILE), jnp.bfloat16, transforms=_TRANSFORMS),
             kl=plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
             full=plgpu.Barrier(num_arrivals=CONSUMERS + 1, num_barriers=STAGES),
             free=plgpu.ClusterBarrier(
@@ -177,11 +175,15 @@ def _body(p: Problem, first, q, k, lse, scores, scores_lse, /, *refs, **scratch)
         )
         smem.kl.at[warpgroup][...] = divergence
         if gradient is not None:
-            smem.d.at[warpgroup][...] = gradient.astype(jnp.bfloat16)
+            for c in range(TILE // CHUNK):
+                columns = slice(c * CHUNK, (c + 1) * CHUNK)
+                smem.q.at[c, warpgroup][...] = gradient[:, columns].astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem.kl.at[warpgroup], kl.at[batch, tile, some])
         if p.gradient:
-            plgpu.copy_smem_to_gmem(smem.d.at[warpgroup], d[0].at[batch, some, keys])
+            for c in range(TILE // CHUNK):
+                columns = pl.ds(place.tile * TILE + c * CHUNK, CHUNK)
+                plgpu.copy_smem_to_gmem(smem.q.at[c, warpgroup], d[0].at[batch, some, columns])
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -13,7 +13,8 @@ whose weights are a mask, and both computing iq . ik anew:
 
 `of_queries`: a CTA takes two queries, their 64 heads the 64 rows of each of two consumer
 warpgroups, through the live tiles of 128 keys. d of a query is a vector along the keys.
-`of_keys`: a CTA takes 128 keys, 64 a consumer, through 512 queries of the window, two at a time. Its sum is a part of dik; parts are added up in a fixed order outside.
+`of_keys`: a CTA takes 128 keys, 64 a consumer, through 512 queries of the window, two at a time.
+Its sum is a part of dik; parts are added up in a fixed order outside.
 
 A tile of ik (of iq) is a factor of both products, so that it is loaded once. Consumers take turns:
 one multiplies while the other masks.

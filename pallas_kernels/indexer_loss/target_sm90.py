@@ -129,7 +129,7 @@ def window(first, q, k, lse, scores, scores_lse, rows: Rows, problem: Problem):
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         kernel_name="dsa_indexer_target",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=p.interpret,
     )(jnp.asarray(first, jnp.int32)[None], q, k, lse, scores, scores_lse, *rows)
     return results[0], results[1] if p.gradient else None

@@ -39,8 +39,9 @@ def test_value_and_gradient():
     )  # fmt: skip
     assert not interpret_pallas_call.get_races().races_found
     options = dict(scale=SCALE, workspace_bytes=2**28)
-    # fp32 sums in another order.
-    np.testing.assert_allclose(kl, reference.dense_forward(*inputs[:7], **options), atol=2e-6)
+    # fp32 sums in another order, of terms as large as a few nats.
+    want = reference.dense_forward(*inputs[:7], **options)
+    np.testing.assert_allclose(kl, want, rtol=2e-6, atol=2e-6)
     want = reference.dense_backward(*inputs, **options)
     for x, y in zip(gradient, want, strict=True):
         x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
@@ -66,21 +67,24 @@ def test_lowers_for_cuda_without_a_gpu():
     """Loss and gradient in windows: plain and sharded over a mesh; the target is built once."""
     *arrays, ranges, _ = arguments(2, 600, 640, 1)
 
-    def op(arrays, ranges):
-        def loss(indexer):
-            weights = jnp.ones(ranges.start.shape) / 600
-            return indexer_kl_dense_loss(
-                *indexer, *arrays[3:], ranges, weights,
-                scale=SCALE, implementation="mosaic", workspace_bytes=2**21,
-            )  # fmt: skip
+    def loss(indexer, target, ranges):
+        return indexer_kl_dense_loss(
+            *indexer, *target, ranges, jnp.ones(ranges.start.shape) / 600,
+            scale=SCALE, implementation="mosaic", workspace_bytes=2**21,
+        )  # fmt: skip
 
-        return jax.grad(loss)(arrays[:3])
+    arguments_of = (arrays[:3], arrays[3:], ranges)
+    value = jax.jit(loss).trace(*arguments_of).lower(lowering_platforms=("cuda",)).as_text()
+    targets = value.count("dsa_indexer_target")
+    assert targets
+    assert not value.count("dsa_indexer_gradient")
+    op = jax.grad(loss)
 
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
     for fn in (op, jax.shard_map(op, mesh=mesh, in_specs=spec, out_specs=spec)):
-        text = jax.jit(fn).trace(arrays, ranges).lower(lowering_platforms=("cuda",)).as_text()
-        assert text.count("dsa_indexer_target") == 1
+        text = jax.jit(fn).trace(*arguments_of).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("dsa_indexer_target") == targets
 
 
 def test_loss_is_the_weighted_sum():

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from pallas_kernels import KeyRange
 from pallas_kernels.indexer_loss import dense_sm90
 
-
 WORKSPACE_BYTES = 2**23
 
 

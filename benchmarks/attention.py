@@ -1,18 +1,18 @@
-"""Times dense attention: `python -m benchmarks.attention forward --check --json`."""
+"""Times dense attention: `python -m benchmarks.attention forward backward --check`."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import device_time, environment, matmul_rates
+from benchmarks import report
+from benchmarks.timing import device_time, matmul_rates
 from pallas_kernels import KeyRange
-from pallas_kernels.dense_attention import forward_sm90, reference
+from pallas_kernels.dense_attention import backward_sm90, forward_sm90, reference
 
 SHAPES = {  # T = S, N, P+R, V, documents
     "4K": (4096, 128, 192, 128, 1),
@@ -89,23 +89,66 @@ def forward(name: str, check: bool) -> dict:
     return row | {"ms": timing.median_ms, "tflops": timing.tflops(work), "kernels": timing.kernels}
 
 
+def check_backward(documents: int = 3, length: int = 1000, heads: int = 2) -> dict:
+    """All three gradients against fp32, and the bits of 20 runs."""
+    q, k, v, ranges = inputs(length, heads, 192, 128, documents)
+    scale = q.shape[-1] ** -0.5
+    out, lse = forward_sm90.attend(q, k, v, ranges, scale=scale)
+    key = jax.random.split(jax.random.key(3))
+    dout = jax.random.normal(key[0], out.shape, out.dtype)
+    dlse = jax.random.normal(key[1], lse.shape)
+    jnp.full((2**24,), jnp.nan, jnp.float32).block_until_ready().delete()
+    run = functools.partial(
+        backward_sm90.gradients, q, k, v, ranges, out, lse, dout, dlse, scale=scale
+    )
+    found = run()
+    with jax.default_matmul_precision("highest"):
+        q, k, v, out, dout = (x.astype(jnp.float32) for x in (q, k, v, out, dout))
+        want = reference.backward(
+            q, k, v, ranges, out, lse, dout, dlse, scale=scale, workspace_bytes=2**30
+        )
+    same = 0
+    for _ in range(20):
+        same += all(bool(jnp.array_equal(x, y)) for x, y in zip(run(), found, strict=True))
+    errors = [_error(x, y) for x, y in zip(found, want, strict=True)]
+    return {"relative_errors": errors, "equal_runs": same}
+
+
+def backward(name: str, check: bool) -> dict:
+    """The backward kernels; the five products are counted once."""
+    q, k, v, ranges = inputs(*SHAPES[name])
+    scale = q.shape[-1] ** -0.5
+    row: dict = {"op": "dense_attention_grad", "shape": name}
+    if not backward_sm90.serves(q.shape[3], v.shape[3]):
+        return row | {"skipped": "heads too wide for the kernel"}
+    if check:
+        row |= check_backward(SHAPES[name][-1])
+    out, lse = forward_sm90.attend(q, k, v, ranges, scale=scale)
+    timing = device_time(
+        functools.partial(backward_sm90.gradients, scale=scale),
+        q, k, v, ranges, out, lse, jnp.roll(out, 1, axis=1), jnp.zeros_like(lse), repeats=5,
+    )  # fmt: skip
+    work = flop(ranges, q.shape[2], 3 * q.shape[3] + 2 * v.shape[3])
+    return row | {"ms": timing.median_ms, "tflops": timing.tflops(work), "kernels": timing.kernels}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", default=["forward"])
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--check", action="store_true", help="against the reference first")
-    parser.add_argument("--json", action="store_true")
+    report.add_option(parser)
     options = parser.parse_args()
     rates = matmul_rates()
     print(rates, flush=True)
     rows = []
     for what in options.what:
         for name in options.shapes:
-            row = {"forward": forward}[what](name, options.check)
-            rows.append(row | {"of_matmul": row["tflops"] / rates["bf16"]})
+            row = {"forward": forward, "backward": backward}[what](name, options.check)
+            share = {"of_matmul": row["tflops"] / rates["bf16"]} if "tflops" in row else {}
+            rows.append(row | share)
             print(rows[-1], flush=True)
-    if options.json:
-        print(json.dumps({"environment": environment(), "matmul": rates, "rows": rows}))
+    report.write(options.json, rates, rows)
 
 
 if __name__ == "__main__":

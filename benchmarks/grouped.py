@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import device_time, environment, matmul_rates
+from benchmarks import report
+from benchmarks.timing import device_time, matmul_rates
 from pallas_kernels.grouped_matmul import rows_sm90, weights_sm90
 
 ROWS = 131072
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", type=int, nargs="*", default=GROUPS)
     parser.add_argument("--check", action="store_true", help="against the reference first")
-    parser.add_argument("--json", action="store_true")
+    report.add_option(parser)
     options = parser.parse_args()
     rows = []
     if options.check:
@@ -120,8 +120,7 @@ def main() -> None:
             share = {name: value / rates["bf16"] for name, value in row["tflops"].items()}
             rows.append(row | {"of_matmul": share})
             print(rows[-1], flush=True)
-    if options.json:
-        print(json.dumps({"environment": environment(), "matmul": rates, "rows": rows}))
+    report.write(options.json, rates, rows)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import device_time, environment, matmul_rates
+from benchmarks import report
+from benchmarks.timing import device_time, matmul_rates
 from pallas_kernels import KeyRange
 from pallas_kernels.dense_attention import forward_sm90
 from pallas_kernels.indexer_loss import dense_sm90, reference
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     parser.add_argument("--check", action="store_true", help="against the reference first")
-    parser.add_argument("--json", action="store_true")
+    report.add_option(parser)
     options = parser.parse_args()
     rows = []
     if options.check:
@@ -109,8 +109,7 @@ def main() -> None:
         row = dense(length)
         rows.append(row | {"of_matmul": row["tflops"] / rates["bf16"]})
         print(rows[-1], flush=True)
-    if options.json:
-        print(json.dumps({"environment": environment(), "matmul": rates, "rows": rows}))
+    report.write(options.json, rates, rows)
 
 
 if __name__ == "__main__":

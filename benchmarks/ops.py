@@ -9,6 +9,10 @@ MODULES = {
     "indexer": ("benchmarks.indexer", ["scores"]),
     "fused": ("benchmarks.indexer", ["fused"]),
     "topk": ("benchmarks.topk", []),
+    "dense_attention": ("benchmarks.attention", ["forward"]),
+    "dense_attention_grad": ("benchmarks.attention", ["backward"]),
+    "indexer_kl_dense": ("benchmarks.indexer_loss", []),
+    "grouped_matmul": ("benchmarks.grouped", []),
 }
 
 

@@ -24,7 +24,8 @@ from pallas_kernels.tiling import vary_like
 from pallas_kernels.types import KeyRange
 
 _LOG2E = math.log2(math.e)
-_BYTES_OF_PAIR = 6
+# Scores, their gradient, and at H = 128 the parts of dik: one of 512 bytes a key for 512 queries.
+_BYTES_OF_PAIR = 4 + 2 + 1
 
 
 def unsupported(iq, ik, q, k) -> str | None:
@@ -75,66 +76,100 @@ def run(
         ctas: how many share the scores; None for one an SM.
         interpret: parameters of the GPU interpreter, or None.
     """
-    batch, queries, index_heads, index_width = iq.shape
-    keys = ik.shape[1]
-    if 0 in (batch, queries, keys):
+    batch, queries = iq.shape[:2]
+    if 0 in (batch, queries, ik.shape[1]):
         zeros = Gradient(*(jnp.zeros_like(x) for x in (iq, ik, iw)))
         return jnp.zeros((batch, queries), jnp.float32), None if g is None else zeros
-    tiled = scores_operands.round_up(keys, TILE)
-    window = _window_queries(batch, queries, tiled, workspace_bytes)
-    padded = scores_operands.round_up(queries, window)
-    rows = _rows(ranges, g, keys, padded)
-    tiling = scores_operands.default_tiling(index_heads, index_width, iq.dtype)
-    scoring = scores_operands.Problem(
-        tiled, index_heads, window, tiling, ctas or scores_operands.sm_count(), False, interpret
-    )
-    operands = scores_operands.operands(
-        iq, ik, iw, KeyRange(rows.start[:, :queries], rows.end[:, :queries]), None, scoring
-    )
-    target = target_sm90.Problem(
-        batch, q.shape[2], q.shape[3], tiled, window, scale, g is not None, interpret
-    )
-    gradient = gradient_sm90.Problem(batch, index_width, tiled, window, queries, interpret)
-    q, k, index_q, index_k = (
-        _pad(x, 1, max(-(-x.shape[1] // 8) * 8, TILE)) for x in (q, k, iq, ik)
-    )
-    index_q = index_q.reshape(batch, -1, index_width)
-    weights = _pad(iw, 1, padded).reshape(batch, -1)
-    base2 = _pad(jnp.swapaxes(lse, 1, 2) * _LOG2E, 2, padded)
-
-    def step(dik, first):
-        scores = scores_sm90.score_window(operands, first, scoring)
-        here = KeyRange(
-            *(lax.dynamic_slice_in_dim(x, first, window, 1) for x in (rows.start, rows.end))
-        )
-        scores_lse = softmax(scores, here.mask(tiled))[2]
-        parts, d = target_sm90.window(first, q, k, base2, scores, scores_lse, rows, target)
-        kl = jnp.where(_live_tiles(rows, first, window, tiled), parts, 0.0).sum(axis=1)
-        if g is None:
-            return dik, (kl,)
-        live = gradient_sm90.Live(rows.first, rows.count)
-        inputs = (first, index_q, index_k, weights, d, live, gradient)
-        diq, diw = gradient_sm90.of_queries(*inputs)
-        return dik + gradient_sm90.of_keys(*inputs).sum(axis=1), (kl, diq, diw)
-
-    starts = jnp.arange(0, padded, window, dtype=jnp.int32)
-    dik = None
-    if g is not None:
-        dik = vary_like(jnp.zeros((batch, tiled, index_width), jnp.float32), (iq, ik, iw, q, k))
+    sizes = _sizes(iq, ik, q, g, scale, workspace_bytes, ctas, interpret)
+    arrays = _arrays(iq, ik, iw, q, k, lse, ranges, g, sizes)
+    window, padded = sizes.target.queries, sizes.padded
+    dik = jnp.zeros((batch, sizes.target.keys, ik.shape[2]), jnp.float32)
+    step = functools.partial(_window, sizes, arrays)
     if padded == window:
         dik, results = step(dik, jnp.int32(0))
         results = [x[None] for x in results]
     else:
-        dik, results = lax.scan(step, dik, starts)
+        starts = jnp.arange(0, padded, window, dtype=jnp.int32)
+        dik, results = lax.scan(step, vary_like(dik, (iq, ik, iw, q, k)), starts)
     kl, *results = (
         jnp.moveaxis(x, 0, 1).reshape(batch, padded, *shape)[:, :queries]
         for x, shape in zip(results, ((), iq.shape[2:], iw.shape[2:]), strict=False)
     )
     if g is None:
         return kl, None
-    assert dik is not None
     diq, diw = results
-    return kl, Gradient(diq, dik[:, :keys].astype(ik.dtype), diw)
+    return kl, Gradient(diq, dik[:, : ik.shape[1]].astype(ik.dtype), diw)
+
+
+class _Sizes(NamedTuple):
+    """What is static of a call, kernel by kernel."""
+
+    padded: int  # T, whole windows
+    scores: scores_operands.Problem
+    target: target_sm90.Problem
+    gradient: gradient_sm90.Problem
+
+
+def _sizes(iq, ik, q, g, scale: float, workspace_bytes: int, ctas, interpret) -> _Sizes:
+    batch, queries, heads, width = iq.shape
+    keys = scores_operands.round_up(ik.shape[1], TILE)
+    window = _window_queries(batch, queries, keys, workspace_bytes)
+    tiling = scores_operands.default_tiling(heads, width, iq.dtype)
+    ctas = ctas or scores_operands.sm_count()
+    return _Sizes(
+        scores_operands.round_up(queries, window),
+        scores_operands.Problem(keys, heads, window, tiling, ctas, False, interpret),
+        target_sm90.Problem(
+            batch, q.shape[2], q.shape[3], keys, window, scale, g is not None, interpret
+        ),
+        gradient_sm90.Problem(batch, width, keys, window, queries, interpret),
+    )
+
+
+class _Arrays(NamedTuple):
+    """Arguments as the kernels take them."""
+
+    scores: scores_operands.Operands
+    q: jax.Array
+    k: jax.Array
+    lse: jax.Array  # f32 [B, N, T'] in base 2
+    iq: jax.Array  # [B, T * I, H]
+    ik: jax.Array
+    iw: jax.Array  # f32 [B, T' * I]
+    rows: target_sm90.Rows
+
+
+def _arrays(iq, ik, iw, q, k, lse, ranges: KeyRange, g, sizes: _Sizes) -> _Arrays:
+    batch, queries = iq.shape[:2]
+    rows = _rows(ranges, g, ik.shape[1], sizes.padded)
+    clipped = KeyRange(rows.start[:, :queries], rows.end[:, :queries])
+    operands = scores_operands.operands(iq, ik, iw, clipped, None, sizes.scores)
+    # As TMA takes them: whole groups of 8 rows, no fewer than a box.
+    q, k, iq, ik = (
+        _pad(x, 1, max(scores_operands.round_up(x.shape[1], 8), TILE)) for x in (q, k, iq, ik)
+    )
+    lse = _pad(jnp.swapaxes(lse, 1, 2) * _LOG2E, 2, sizes.padded)
+    iq = iq.reshape(batch, -1, iq.shape[-1])
+    iw = _pad(iw, 1, sizes.padded).reshape(batch, -1)
+    return _Arrays(operands, q, k, lse, iq, ik, iw, rows)
+
+
+def _window(sizes: _Sizes, x: _Arrays, dik, first):
+    """`(dik so far, (kl, diq, diw))` of the window that starts at query `first`."""
+    window, keys = sizes.target.queries, sizes.target.keys
+    scores = scores_sm90.score_window(x.scores, first, sizes.scores)
+    ranges = KeyRange(
+        *(lax.dynamic_slice_in_dim(bound, first, window, 1) for bound in (x.rows.start, x.rows.end))
+    )
+    _, _, scores_lse = softmax(scores, ranges.mask(keys))
+    parts, d = target_sm90.window(first, x.q, x.k, x.lse, scores, scores_lse, x.rows, sizes.target)
+    kl = jnp.where(_live_tiles(x.rows, first, window, keys), parts, 0.0).sum(axis=1)
+    if d is None:
+        return dik, (kl,)
+    live = gradient_sm90.Live(x.rows.first, x.rows.count)
+    inputs = (first, x.iq, x.ik, x.iw, d, live, sizes.gradient)
+    diq, diw = gradient_sm90.of_queries(*inputs)
+    return dik + gradient_sm90.of_keys(*inputs).sum(axis=1), (kl, diq, diw)
 
 
 def _window_queries(batch: int, queries: int, keys: int, workspace_bytes: int) -> int:

@@ -7,6 +7,7 @@ buffer five times the size of the L2 is rewritten, so that every repetition star
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 import statistics
 from collections.abc import Callable
@@ -78,6 +79,7 @@ def _one_run(fn: Callable[..., Any], *args: Any) -> list[tuple[str, float]]:
     return timings
 
 
+@functools.cache
 def matmul_rates(size: int = 8192) -> dict[str, float]:
     """TFLOP/s of a square bf16 and e4m3 matmul through XLA's library calls, on random data."""
     rng = np.random.default_rng(0)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.indexer_loss import gradient_sm90, target_sm90
-from pallas_kernels.indexer_loss.target_sm90 import PAIR, TILE
+from pallas_kernels.indexer_loss.target_sm90 import PAIR
 from pallas_kernels.lightning_indexer import scores_operands, scores_sm90
 from pallas_kernels.numerics import softmax
 from pallas_kernels.tiling import vary_like
@@ -25,6 +25,7 @@ from pallas_kernels.types import KeyRange
 
 _LOG2E = math.log2(math.e)
 # Scores, their gradient, and at H = 128 the parts of dik: one of 512 bytes a key for 512 queries.
+_TILES = math.lcm(target_sm90.TILE, gradient_sm90.TILE)
 _BYTES_OF_PAIR = 4 + 2 + 1
 
 
@@ -112,7 +113,7 @@ class _Sizes(NamedTuple):
 
 def _sizes(iq, ik, q, g, scale: float, workspace_bytes: int, ctas, interpret) -> _Sizes:
     batch, queries, heads, width = iq.shape
-    keys = scores_operands.round_up(ik.shape[1], TILE)
+    keys = scores_operands.round_up(ik.shape[1], _TILES)
     window = _window_queries(batch, queries, keys, workspace_bytes)
     tiling = scores_operands.default_tiling(heads, width, iq.dtype)
     ctas = ctas or scores_operands.sm_count()
@@ -137,21 +138,23 @@ class _Arrays(NamedTuple):
     ik: jax.Array
     iw: jax.Array  # f32 [B, T' * I]
     rows: target_sm90.Rows
+    live: gradient_sm90.Live
 
 
 def _arrays(iq, ik, iw, q, k, lse, ranges: KeyRange, g, sizes: _Sizes) -> _Arrays:
     batch, queries = iq.shape[:2]
-    rows = _rows(ranges, g, ik.shape[1], sizes.padded)
+    rows, live = _rows(ranges, g, ik.shape[1], sizes.padded)
     clipped = KeyRange(rows.start[:, :queries], rows.end[:, :queries])
     operands = scores_operands.operands(iq, ik, iw, clipped, None, sizes.scores)
     # As TMA takes them: whole groups of 8 rows, no fewer than a box.
     q, k, iq, ik = (
-        _pad(x, 1, max(scores_operands.round_up(x.shape[1], 8), TILE)) for x in (q, k, iq, ik)
+        _pad(x, 1, max(scores_operands.round_up(x.shape[1], 8), target_sm90.TILE))
+        for x in (q, k, iq, ik)
     )
     lse = _pad(jnp.swapaxes(lse, 1, 2) * _LOG2E, 2, sizes.padded)
     iq = iq.reshape(batch, -1, iq.shape[-1])
     iw = _pad(iw, 1, sizes.padded).reshape(batch, -1)
-    return _Arrays(operands, q, k, lse, iq, ik, iw, rows)
+    return _Arrays(operands, q, k, lse, iq, ik, iw, rows, live)
 
 
 def _window(sizes: _Sizes, x: _Arrays, dik, first):
@@ -166,8 +169,7 @@ def _window(sizes: _Sizes, x: _Arrays, dik, first):
     kl = jnp.where(_live_tiles(x.rows, first, window, keys), parts, 0.0).sum(axis=1)
     if d is None:
         return dik, (kl,)
-    live = gradient_sm90.Live(x.rows.first, x.rows.count)
-    inputs = (first, x.iq, x.ik, x.iw, d, live, sizes.gradient)
+    inputs = (first, x.iq, x.ik, x.iw, d, x.live, sizes.gradient)
     diq, diw = gradient_sm90.of_queries(*inputs)
     return dik + gradient_sm90.of_keys(*inputs).sum(axis=1), (kl, diq, diw)
 
@@ -180,24 +182,34 @@ def _window_queries(batch: int, queries: int, keys: int, workspace_bytes: int) -
     return -(-pairs // windows) * PAIR
 
 
-def _rows(ranges: KeyRange, g, keys: int, padded: int) -> target_sm90.Rows:
+def _rows(
+    ranges: KeyRange, g, keys: int, padded: int
+) -> tuple[target_sm90.Rows, gradient_sm90.Live]:
     start, end = (_pad(jnp.clip(x, 0, keys), 1, padded) for x in ranges)
     empty = start >= end  # padded queries too
     low = jnp.where(empty, keys, start).reshape(start.shape[0], -1, PAIR).min(axis=2)
     high = jnp.where(empty, 0, end).reshape(start.shape[0], -1, PAIR).max(axis=2)
-    first = low // TILE
-    count = jnp.maximum(-(-high // TILE) - first, 0)
     g = jnp.zeros(start.shape, jnp.float32) if g is None else _pad(g, 1, padded)
-    return target_sm90.Rows(start, end, g, first, count)
+    live = gradient_sm90.Live(*_cover(low, high, gradient_sm90.TILE))
+    # The gradient reads whole tiles of its own size: all of their pairs must be written.
+    size = gradient_sm90.TILE
+    tiles = _cover(size * live.first, size * (live.first + live.count), target_sm90.TILE)
+    return target_sm90.Rows(start, end, g, *tiles), live
+
+
+def _cover(low, high, tile: int):
+    """The first and the number of the tiles that cover `low <= s < high`."""
+    first = low // tile
+    return first, jnp.maximum(-(-high // tile) - first, 0)
 
 
 def _live_tiles(rows: target_sm90.Rows, first, window: int, keys: int):
-    """Which tiles of keys are live for the queries of a window: `[B, S / TILE, window]`."""
+    """Which tiles of the target are live for the queries of a window: `[B, tiles, window]`."""
     low, count = (
         jnp.repeat(lax.dynamic_slice_in_dim(x, first // PAIR, window // PAIR, 1), PAIR, axis=1)
         for x in (rows.first, rows.count)
     )
-    since = jnp.arange(keys // TILE)[None, :, None] - low[:, None]
+    since = jnp.arange(keys // target_sm90.TILE)[None, :, None] - low[:, None]
     return (since >= 0) & (since < count[:, None])
 
 

@@ -32,9 +32,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.wgmma import Product, multiply, multiply_add
-from pallas_kernels.indexer_loss.target_sm90 import PAIR, TILE
+from pallas_kernels.indexer_loss.target_sm90 import PAIR
 
 HEADS = 64  # I: rows of a wgmma
+TILE = 128  # keys
 CONSUMERS = 2
 _PAIRS_OF_PART = 2  # few: so that CTAs are many, and alike under a causal range
 STAGES, KEYS_STAGES = 4, 3  # of `of_queries` and `of_keys`

@@ -7,17 +7,16 @@
     kl[t]    = sum_s p (log p - log softmax(score))
     d[t, s]  = g[t] (softmax(score) - p)
 
-A CTA takes a tile of 128 queries and 128 keys through all heads, like a matrix product whose
-accumulators are exponentiated and added up head by head: the 128 x 128 of p live in registers and
+A CTA takes a tile of 128 queries and 192 keys through all heads, like a matrix product whose
+accumulators are exponentiated and added up head by head: the 128 x 192 of p live in registers and
 leave as 2 bytes a pair of the window's `d`. Two consumer warpgroups of 64 queries take turns, one
 multiplies while the other exponentiates; a producer streams the operands in chunks of 64 columns.
-CTAs of neighbouring queries form a cluster that fetches each chunk of keys once.
 
 lse normalises every head, so that the sum over the heads needs no other divisor than N. Masks
 enter once, at the end: exp of a pair that is not seen may be inf, but is never used.
 
-Shared memory: seven stages of 32 KiB, two heads and a third; `d` leaves through the consumer's own
-part of them. Registers: 240 a consumer thread (64 of scores, 64 of sums), 24 a producer's.
+Shared memory: five stages of 40 KiB; `d` leaves through the consumer's own part of them. Registers:
+240 a consumer thread (96 of scores, 96 of sums), 24 a producer's.
 """
 
 from __future__ import annotations
@@ -37,10 +36,12 @@ from pallas_kernels.hopper.wgmma import multiply
 
 ROWS = 64  # queries of a consumer
 CONSUMERS = 2
-TILE = 128  # keys, and queries of a CTA
-PAIR = 2 * TILE  # queries of a cluster
+BLOCK = ROWS * CONSUMERS  # queries of a CTA
+PAIR = 2 * BLOCK  # queries that are live or not together
+TILE = 192  # keys
 CHUNK = 64  # columns of bf16 in a 128-byte swizzle
-STAGES = 7
+STAGES = 5
+_TOGETHER = 8  # blocks of queries that go through all keys side by side
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
 _LOG2E = math.log2(math.e)
 _TRANSFORMS = (plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128))
@@ -83,7 +84,7 @@ class Rows(NamedTuple):
 
 class _Scratch(NamedTuple):
     q: Any  # [stages, consumers, 64, 64]; d in the end
-    k: Any  # [stages, 128, 64]
+    k: Any  # [stages, 192, 64]
     kl: Any  # [consumers, 64]
     full: Any
     free: Any
@@ -91,7 +92,7 @@ class _Scratch(NamedTuple):
 
 
 def window(first, q, k, lse, scores, scores_lse, rows: Rows, problem: Problem):
-    """`(kl parts f32 [B, S / 128, queries], d bf16 [B, queries, S] or None)` of a window.
+    """`(kl parts f32 [B, S / 192, queries], d bf16 [B, queries, S] or None)` of a window.
 
     Both are undefined in tiles that are not live.
 
@@ -117,15 +118,11 @@ def window(first, q, k, lse, scores, scores_lse, rows: Rows, problem: Problem):
             k=plgpu.SMEM((STAGES, TILE, CHUNK), q.dtype, transforms=_TRANSFORMS),
             kl=plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
             full=plgpu.Barrier(num_arrivals=CONSUMERS + 1, num_barriers=STAGES),
-            free=plgpu.ClusterBarrier(
-                collective_axes=("half",), num_arrivals=CONSUMERS, num_barriers=STAGES
-            ),
+            free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
             turn=plgpu.Barrier(num_arrivals=CONSUMERS),
         )._asdict(),
-        grid=(p.batch * (p.keys // TILE) * (p.queries // PAIR),),
+        grid=(p.batch * (p.keys // TILE) * (p.queries // BLOCK),),
         grid_names=("tile",),
-        cluster=(2,),
-        cluster_names=("half",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         kernel_name="dsa_indexer_target",
@@ -147,14 +144,17 @@ class _Place(NamedTuple):
 def _body(p: Problem, first, q, k, lse, scores, scores_lse, /, *refs, **scratch):
     rows, (kl, *d) = Rows(*refs[: len(Rows._fields)]), refs[len(Rows._fields) :]
     smem = _Scratch(**scratch)
-    pairs, tiles = p.queries // PAIR, p.keys // TILE
+    blocks, tiles = p.queries // BLOCK, p.keys // TILE
     i = lax.axis_index("tile")
-    batch, i = lax.div(i, pairs * tiles), lax.rem(i, pairs * tiles)
-    tile, pair = lax.div(i, pairs), lax.rem(i, pairs)
-    row = pair * PAIR + lax.axis_index("half") * TILE
+    batch, i = lax.div(i, blocks * tiles), lax.rem(i, blocks * tiles)
+    some = lax.div(i, _TOGETHER * tiles)
+    i -= some * (_TOGETHER * tiles)
+    together = jnp.minimum(_TOGETHER, blocks - some * _TOGETHER)
+    tile = lax.div(i, together)
+    row = (some * _TOGETHER + lax.rem(i, together)) * BLOCK
     origin = pl.multiple_of(first[0], PAIR)
     place = _Place(batch, row, origin + row, tile)
-    of_all = lax.div(origin, PAIR) + pair
+    of_all = lax.div(origin + row, PAIR)
     since = tile - rows.first[batch, of_all]
     live = (since >= 0) & (since < rows.count[batch, of_all])
     warpgroup = lax.axis_index("warpgroup")
@@ -208,17 +208,15 @@ def _produce(p: Problem, q, k, place: _Place, smem: _Scratch):
                 k.at[place.batch, pl.ds(place.tile * TILE, TILE), n, columns],
                 smem.k.at[slot],
                 smem.full.at[slot],
-                collective_axes="half",
             )
 
     lax.fori_loop(0, p.heads, head, None)
-    # The other CTA of the cluster still arrives at these barriers: stay until it has.
     for slot in range(min(STAGES, p.heads * chunks)):
         plgpu.barrier_wait(smem.free.at[slot])
 
 
 def _sum_heads(p: Problem, warpgroup, lse, place: _Place, smem: _Scratch):
-    """The sum over heads of exp(scale q . k - lse): f32 [64, 128]."""
+    """The sum over heads of exp(scale q . k - lse): f32 [64, 192]."""
     chunks = p.width // CHUNK
     some = pl.ds(place.query + warpgroup * ROWS, ROWS)
     row = plgpu.Layout.WGMMA.reduce(1)
@@ -227,30 +225,36 @@ def _sum_heads(p: Problem, warpgroup, lse, place: _Place, smem: _Scratch):
         plgpu.barrier_arrive(smem.turn)
         plgpu.barrier_wait(smem.turn)
 
-    def head(n, mass):
-        bound = plgpu.load(lse.at[place.batch, n, some], layout=row, optimized=False)
+    def load(n):
+        return plgpu.load(lse.at[place.batch, n, some], layout=row, optimized=False)
+
+    def head(n, carry):
+        mass, bound = carry
+        following = load(jnp.minimum(n + 1, p.heads - 1))  # a head ahead: it comes from far
         steps = []
         slots = [lax.rem(n * chunks + c, STAGES) for c in range(chunks)]
         for slot in slots:
             steps.append(functools.partial(plgpu.barrier_wait, smem.full.at[slot]))
             steps.append((smem.q.at[slot, warpgroup], smem.k.at[slot].T))
-        dots = multiply((ROWS, TILE), [*steps, hand_over], p.interpret is not None)
-        for slot in slots:
-            plgpu.barrier_arrive(smem.free.at[slot])
+        steps.append(hand_over)
+        for c, slot in enumerate(slots):
+            steps.append(functools.partial(plgpu.wgmma_wait, chunks - 1 - c))
+            steps.append(functools.partial(plgpu.barrier_arrive, smem.free.at[slot]))
+        dots = multiply((ROWS, TILE), steps, p.interpret is not None)
         mass += jnp.exp2(dots * (p.scale * _LOG2E) - lax.broadcast_in_dim(bound, dots.shape, [0]))
         mass = lax.optimization_barrier(mass)
         hand_over()
-        return mass
+        return mass, following
 
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, TILE), jnp.float32), plgpu.Layout.WGMMA)
     pl.when(warpgroup == 1)(hand_over)
-    mass = lax.fori_loop(0, p.heads, head, zeros)
+    mass, _ = lax.fori_loop(0, p.heads, head, (zeros, load(0)))
     pl.when(warpgroup == 0)(hand_over)
     return mass
 
 
 def _compare(p: Problem, mass, warpgroup, scores, scores_lse, rows: Rows, place: _Place):
-    """`(kl's part [64], d [64, 128])` of a tile."""
+    """`(kl's part [64], d [64, 192])` of a tile."""
     row = plgpu.Layout.WGMMA.reduce(1)
     offset = warpgroup * ROWS
     here = (place.batch, pl.ds(place.row + offset, ROWS))

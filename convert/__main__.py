@@ -12,6 +12,7 @@ import jax
 import tyro
 from rich.console import Console
 
+from convert import compare as comparison
 from convert import inspection
 from convert.add_indexer import add_indexer
 from convert.huggingface import SHARD_BYTES, hf_to_orbax, orbax_to_hf
@@ -136,6 +137,26 @@ class Inspect:
     """The checkpoint's folder."""
 
 
+@dataclass(frozen=True)
+class Compare:
+    """Transformers and this package side by side on a checkpoint: what differs, by which switch."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A Hugging Face checkpoint's folder; FP8 weights are compared dequantised."""
+    dtype: comparison.Precision = "bf16"
+    """In which both keep weights and compute."""
+    length: int | None = None
+    """Tokens a row. None: three times what the indexer selects, at most 4096."""
+    batch: int = 1
+    """Rows."""
+    seed: int = 0
+    """Of the tokens."""
+    scratch: Path | None = None
+    """Where copies of the checkpoint lie meanwhile. None: the system's folder for such files."""
+    markdown: bool = False
+    """Print the table as it stands in the documentation."""
+
+
 type Command = (
     Annotated[HfToOrbax, tyro.conf.subcommand("hf-to-orbax")]
     | Annotated[OrbaxToHf, tyro.conf.subcommand("orbax-to-hf")]
@@ -143,6 +164,7 @@ type Command = (
     | Annotated[OrbaxToDemo, tyro.conf.subcommand("orbax-to-demo")]
     | Annotated[AddIndexer, tyro.conf.subcommand("add-indexer")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
 )
 
 
@@ -155,12 +177,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = inspection.inspect(command.source)
             inspection.show(found, Console())
             return 0 if found.ok else 1
+        if isinstance(command, Compare):
+            _compare(command, console)
+            return 0
         if command.distributed:
             jax.distributed.initialize(
                 command.coordinator, command.num_processes, command.process_id
             )
         command.run()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         console.print(f"[red]{type(error).__name__}[/]: ", end="")
         console.print(str(error), highlight=False, markup=False)
         return 1
@@ -170,6 +195,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if jax.process_index() == 0:
         console.print(f"wrote {command.destination}", highlight=False, markup=False)
     return 0
+
+
+def _compare(command: Compare, console: Console) -> None:
+    with console.status("comparing") as status:
+        lines = comparison.compare(
+            command.source,
+            dtype=command.dtype,
+            length=command.length,
+            batch=command.batch,
+            seed=command.seed,
+            scratch=command.scratch,
+            report=status.update,
+        )
+    if command.markdown:
+        print(comparison.markdown(lines))
+    else:
+        comparison.show(lines, Console())
 
 
 def _on_the_cpu() -> None:

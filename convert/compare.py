@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
+from rich.console import Console
+from rich.table import Table
 
 import dsa_jax
 from convert.huggingface import hf_to_orbax, orbax_to_hf
@@ -407,3 +409,11 @@ def markdown(lines: list[Line]) -> str:
     rows = [(name, f"`{switch}`", *numbers) for name, switch, *numbers in map(cells, lines)]
     rows = [HEADINGS, ("---", "---", *["---:"] * 5), *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def show(lines: list[Line], console: Console) -> None:
+    """Prints the table."""
+    table = Table(*HEADINGS, title="Against transformers", title_justify="left")
+    for line in lines:
+        table.add_row(*cells(line))
+    console.print(table)

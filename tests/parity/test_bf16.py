@@ -15,8 +15,8 @@ from convert.compare import (
     observe_transformers,
     with_config,
 )
+from tests.oracle.named_weights import tokens_of
 from tests.parity import random_models
-from tests.parity.random_models import tokens_of
 
 
 @pytest.fixture(scope="module", params=["deepseek_v32", "glm-5"])

@@ -80,8 +80,6 @@ class OurFolder:
         self._tensors |= {"/".join(p): Tensor(x.dtype, x.shape) for p, x in stored.items()}
         self.tensors: Mapping[str, Tensor] = self._tensors
         self._held: dict[bool, tuple[KeyPath, np.ndarray]] = {}
-        sizes = [math.prod(x.shape) * x.dtype.itemsize for x in self._reader.leaves.values()]
-        self._memory = {is_scale: Memory(0 if is_scale else max(sizes)) for is_scale in (0, 1)}
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -109,10 +107,7 @@ class OurFolder:
         is_scale = path != entry.path
         if is_scale not in self._held or self._held[is_scale][0] != path:
             self._held.pop(is_scale, None)  # before the next one is there
-            leaf, memory = self._reader.leaves[path], self._memory[is_scale]
-            memory.clear()
-            out = memory.take(leaf.shape, np.dtype(leaf.dtype))
-            self._held[is_scale] = path, self._reader.read_local(path, out)
+            self._held[is_scale] = path, self._reader.read_local(path)
         part = entry.part(self._held[is_scale][1], expert)[rows]
         # A copy: a view would keep the whole leaf in memory while the next one is read.
         found = np.empty(part.shape, part.dtype)

@@ -168,12 +168,8 @@ class CheckpointReader:
                     self.read({name: target})
             raise self._damaged(next(iter(targets)), error) from error
 
-    def read_local(self, name: KeyPath, out: np.ndarray | None = None) -> np.ndarray:
+    def read_local(self, name: KeyPath) -> np.ndarray:
         """A whole leaf in this process's memory; the others need not take part.
-
-        Args:
-            name: of the leaf.
-            out: an array of its shape and dtype to read into; None makes one.
 
         Raises:
             CheckpointError: it is damaged.
@@ -190,12 +186,8 @@ class CheckpointReader:
                 # Few chunks under way at a time: each is memory beyond the leaf.
                 "context": {"file_io_concurrency": {"limit": 4}},
             }
-            if out is None:
-                leaf = self.leaves[name]
-                out = np.empty(leaf.shape, leaf.dtype)
-            stored = tensorstore.open(spec, read=True).result()
-            tensorstore.array(out, copy=False, write=True).write(stored).result()
-            return out
+            # Not `write` into an array of ours: it copies every chunk before it places the first.
+            return tensorstore.open(spec, read=True).result().read().result()
         except Exception as error:
             raise self._damaged(name, error) from error
 

@@ -186,6 +186,7 @@ class CheckpointReader:
                 # Few chunks under way at a time: each is memory beyond the leaf.
                 "context": {"file_io_concurrency": {"limit": 4}},
             }
+            # Not `write` into an array of ours: it copies every chunk before it places the first.
             return tensorstore.open(spec, read=True).result().read().result()
         except Exception as error:
             raise self._damaged(name, error) from error

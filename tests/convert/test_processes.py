@@ -12,7 +12,14 @@ import convert
 
 ROOT = Path(convert.__file__).parents[1]
 # Expert stacks are shared by expert, matrices by rows where those are whole tiles.
-CONFIG = fp8_config(num_hidden_layers=2, intermediate_size=512)
+CONFIG = fp8_config(
+    num_hidden_layers=2,
+    intermediate_size=512,
+    num_attention_heads=16,
+    qk_nope_head_dim=96,
+    qk_rope_head_dim=32,
+    moe_intermediate_size=256,
+)
 
 WORKER = """
 import sys

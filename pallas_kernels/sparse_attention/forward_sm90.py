@@ -1,0 +1,466 @@
+"""The forward of sparse attention on Hopper: gather, scores, softmax and values overlapped.
+
+A CTA works through (query, 64 heads) pairs for its whole life. Three warpgroups:
+
+    SCORES   S = Q K^T with Q in registers, online softmax, P (bf16) and the rescaling factors
+    LEFT     O[:, :C/2] = factor O[:, :C/2] + P V[:, :C/2], and the gather of these columns
+    RIGHT    the same for the other half of the columns, and the gather of the tail
+
+The tensor core alternates between S of tile j+1 and P V of tile j; the softmax of tile j+1 runs
+while P V of tile j does. For that order LEFT and RIGHT hold tile j back until S of tile j+1 is
+done (`scored`). A gather follows the P V that frees its slot and has until three tiles later. Both
+head halves of a query run as a cluster of two CTAs that share nothing: that they ask for the same
+rows at the same time is what makes the gather fast.
+
+What flows through the ring are entries: for each piece of work its queries, then its keys in tiles
+of 64. An entry is [64, C + R] in three parts: left and right half of the latent in one of three
+slots, the tail (the rotary part, or nothing) in one of two. SCORES keeps the queries in registers,
+but for the last 64 columns of the latent and the tail. Once S of a tile is done its tail holds P;
+once P V of a query's last tile is done, its halves hold the result on its way out.
+
+SMEM at C = 512: 3 x 65,536 + 2 x 8,192 of ring, 16,384 of queries, 1,024 each of indices and of
+factors, barriers. Registers of a thread: SCORES 184 (112 of Q, 32 of S), LEFT and RIGHT 160
+(128 of O); wgmma operands start at register 24.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.gather import TILE, Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper.wgmma import multiply_add
+
+HEADS = 64  # of a CTA: one wgmma's rows
+KEYS = 64  # of a tile
+CHUNK = 64  # columns that a 128-byte swizzle spans
+SLOTS = 3  # of the ring
+TAILS = 2
+INDEX_SLOTS = 4
+SCORES, LEFT, RIGHT = range(3)
+_REGISTERS = {SCORES: 184, LEFT: 160, RIGHT: 160}
+_LOWEST = -1e30  # where the running maximum starts: finite, so that exp2(it - it) is 1, not NaN
+_LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The static numbers of a call."""
+
+    queries: int  # T, of one batch row
+    rows: int  # S, of one batch row
+    groups: int  # of 64 heads
+    half: int  # C / 2
+    tail: int  # columns of the rotary part: 64, or 0
+    scale: float  # of the scores, in base 2
+    work: int  # pieces: a query and the head groups of a cluster
+    clusters: int
+    cluster: int  # CTAs of a cluster: 2 or 1
+    interpret: bool
+
+    def query(self, work):
+        return lax.div(work, jnp.int32(self.groups // self.cluster))
+
+    def heads(self, work):
+        shared = lax.rem(work, jnp.int32(self.groups // self.cluster))
+        return pl.ds((shared * self.cluster + lax.axis_index("half")) * HEADS, HEADS)
+
+    def first_row(self, work):
+        return lax.div(self.query(work), jnp.int32(self.queries)) * self.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """SMEM and barriers."""
+
+    left: Any  # bf16 [SLOTS, 64, C/2]
+    right: Any
+    tail: Any  # bf16 [TAILS, 64, 64]
+    query: Any  # bf16 [2, 64, 64]: last columns of the latent, and the tail
+    indices: Any  # i32 [INDEX_SLOTS, 64]
+    factors: Any  # f32 [4, 64]: of the accumulator, one row a slot; the last holds Landing's words
+    query_full: Any
+    query_read: Any  # SCORES has taken the queries out of the ring
+    indices_full: Any
+    weighed: Any  # P and the factors of the slot are there
+    scored: Any  # S of the tile after the slot's is done (or there is none): P V may start
+    tail_read: Any  # LEFT no longer needs P
+    started: Any
+    landing: Landing
+    tail_landing: Landing
+
+
+class _Place(NamedTuple):
+    """Where an entry is in the rings."""
+
+    slot: Any
+    tail: Any
+
+    def next(self):
+        return _Place(_next(self.slot, SLOTS), 1 - self.tail)
+
+
+class _Entry(NamedTuple):
+    """An entry to be loaded: tile -1 are the queries of the work; work may be past the end."""
+
+    work: Any
+    tile: Any
+    count: Any  # tiles of the work
+    index_slot: Any  # of the tile, or of the next
+
+
+def _next(slot, slots):
+    return jnp.where(slot == slots - 1, 0, slot + 1)
+
+
+def _for_each_work(plan: _Plan, body, carry):
+    """`carry = body(work, carry)` over this cluster's share."""
+    first = lax.axis_index("cluster")
+    count = lax.div(plan.work - 1 - first, jnp.int32(plan.clusters)) + 1
+    return lax.fori_loop(0, count, lambda i, c: body(first + i * plan.clusters, c), carry)
+
+
+class _Loader:
+    """The half of LEFT and RIGHT that fills the ring, three entries ahead (the tail: two)."""
+
+    def __init__(self, plan: _Plan, side: int, q, kv, indices, tiles, s: _Shared):
+        self.plan, self.side, self.s = plan, side, s
+        self.q, self.kv, self.indices, self.tiles = q, kv, indices, tiles
+        self.ring = s.left if side == LEFT else s.right
+        self.first_column = 0 if side == LEFT else plan.half
+
+    def first(self) -> _Entry:
+        work = lax.axis_index("cluster")
+        if self.side == LEFT:
+            self._fetch_indices(work, 0, 0)
+        count = self.tiles[self.plan.query(work)]
+        return _Entry(work, jnp.int32(-1), count, jnp.int32(0))
+
+    def following(self, entry: _Entry) -> _Entry:
+        """The entry after; LEFT also sends for the indices that will be needed next."""
+        plan = self.plan
+        loaded = jnp.where(entry.tile >= 0, 1, 0)
+        index_slot = lax.rem(entry.index_slot + loaded, jnp.int32(INDEX_SLOTS))
+        last = entry.tile == entry.count - 1
+        work = jnp.where(last, entry.work + plan.clusters, entry.work)
+        more = work < plan.work
+        if self.side == LEFT:
+
+            @pl.when(jnp.logical_and(entry.tile >= 0, more))
+            def _():
+                self._fetch_indices(work, jnp.where(last, 0, entry.tile + 1), index_slot)
+
+        count = lax.cond(
+            jnp.logical_and(last, more),
+            lambda: self.tiles[plan.query(work)],
+            lambda: entry.count,
+        )
+        return _Entry(work, jnp.where(last, -1, entry.tile + 1), count, index_slot)
+
+    def _fetch_indices(self, work, tile, index_slot):
+        plgpu.copy_gmem_to_smem(
+            self.indices.at[self.plan.query(work), pl.ds(tile * KEYS, KEYS)],
+            self.s.indices.at[index_slot],
+            self.s.indices_full.at[index_slot],
+        )
+
+    def load(self, entry: _Entry, place: _Place):
+        """Starts this side's half of an entry."""
+        self._load(
+            entry,
+            self.ring.at[place.slot],
+            self.first_column,
+            self.s.landing,
+            place.slot,
+            wait_for_indices=True,
+        )
+
+    def load_tail(self, entry: _Entry, place: _Place):
+        if self.plan.tail and self.side == RIGHT:
+            start = 2 * self.plan.half
+            ref = self.s.tail.at[place.tail]
+            self._load(entry, ref, start, self.s.tail_landing, place.tail, wait_for_indices=False)
+
+    def _load(self, entry, ref, first_column, landing, slot, *, wait_for_indices):
+        plan = self.plan
+        more = entry.work < plan.work
+
+        @pl.when(jnp.logical_and(more, entry.tile < 0))
+        def _():
+            columns = pl.ds(first_column, ref.shape[-1])
+            source = self.q.at[plan.query(entry.work), plan.heads(entry.work), columns]
+            plgpu.copy_gmem_to_smem(source, ref, self.s.query_full)
+
+        @pl.when(jnp.logical_and(more, entry.tile >= 0))
+        def _():
+            if wait_for_indices:
+                plgpu.barrier_wait(self.s.indices_full.at[entry.index_slot])
+            gather_rows(
+                self.kv,
+                self.s.indices.at[entry.index_slot],
+                [ref],
+                landing,
+                slot,
+                first_row=plan.first_row(entry.work),
+                rows=plan.rows,
+                first_column=first_column,
+            )
+
+
+def _scores(plan: _Plan, tiles, lse, s: _Shared):
+    """S, the softmax, and P; at a query's last tile P and the factors are divided by the sum."""
+    row = plgpu.Layout.WGMMA.reduce(1)
+    column = plgpu.Layout.WGMMA.reduce(0)
+    chunks = [(ref, pl.ds(i, CHUNK)) for ref in (s.left, s.right) for i in range(0, plan.half, CHUNK)]
+
+    def over_keys(x):
+        return lax.broadcast_in_dim(x, (HEADS, KEYS), (0,))
+
+    def load_query(place):
+        plgpu.barrier_wait(s.query_full)
+        kept = []
+        for ref, columns in chunks[:-1]:
+            kept.append(plgpu.load(ref.at[place.slot, :, columns], layout=plgpu.Layout.WGMMA))
+            # One at a time: LDSM's registers are not wgmma's, and there are none to spare.
+            warpgroup_barrier(plan.interpret)
+        ref, columns = chunks[-1]
+        s.query.at[0][...] = plgpu.load(ref.at[place.slot, :, columns], layout=plgpu.Layout.WGMMA)
+        if plan.tail:
+            s.query.at[1][...] = plgpu.load(s.tail.at[place.tail], layout=plgpu.Layout.WGMMA)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(s.query_read)
+        return kept
+
+    def score(query, place, index_slot, phases):
+        """Raw S, which starts from -inf where there is no key: the mask costs the softmax nothing."""
+        phases, tail_phases = phases
+        plgpu.barrier_wait(s.indices_full.at[index_slot])
+        index = plgpu.load(s.indices.at[index_slot], layout=column)
+        exists = jnp.logical_and(index >= 0, index < plan.rows)
+        mask = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
+        mask = lax.broadcast_in_dim(mask, (HEADS, KEYS), (1,))
+        phases = s.landing.wait(place.slot, phases)
+        kept = [*query, s.query.at[0]]
+        terms = [
+            (0, a, ref.at[place.slot, :, columns].T)
+            for a, (ref, columns) in zip(kept, chunks, strict=True)
+        ]
+        if plan.tail:
+            tail_phases = s.tail_landing.wait(place.tail, tail_phases)
+            terms.append((0, s.query.at[1], s.tail.at[place.tail].T))
+        return multiply_add([mask], terms, plan.interpret)[0], (phases, tail_phases)
+
+    def tile(query, j, carry, *, last):
+        top, total, place, previous, index_slot, phases = carry
+        scores, phases = score(query, place, index_slot, phases)
+        pl.when(j > 0)(lambda: plgpu.barrier_arrive(s.scored.at[previous]))
+        new_top = jnp.maximum(top, scores.max(axis=1))
+        factor = jnp.exp2((top - new_top) * plan.scale)
+        weights = jnp.exp2(scores * plan.scale - over_keys(new_top * plan.scale))
+        total = total * factor + weights.sum(axis=1)
+        if last:
+            inverse = jnp.where(total > 0, 1.0 / total, 0.0)
+            factor *= inverse
+            weights *= over_keys(inverse)
+        s.tail.at[place.tail][...] = weights.astype(jnp.bfloat16)
+        s.factors.at[place.slot][...] = factor
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(s.weighed.at[place.slot])
+        if last:
+            plgpu.barrier_arrive(s.scored.at[place.slot])
+        return new_top, total, place.next(), place.slot, _next(index_slot, INDEX_SLOTS), phases
+
+    def work_item(work, carry):
+        place, index_slot, phases = carry
+        count = tiles[plan.query(work)]
+        query = load_query(place)
+        top = plgpu.layout_cast(jnp.full((HEADS,), _LOWEST, jnp.float32), row)
+        total = plgpu.layout_cast(jnp.zeros((HEADS,), jnp.float32), row)
+        carry = top, total, place.next(), place.slot, index_slot, phases
+        body = functools.partial(tile, query, last=False)
+        carry = lax.fori_loop(0, count - 1, body, carry)
+        top, total, place, _, index_slot, phases = tile(query, count - 1, carry, last=True)
+        value = jnp.where(total > 0, (top * plan.scale + jnp.log2(total)) / _LOG2E, -jnp.inf)
+        lse.at[plan.query(work), plan.heads(work)][...] = value
+        return place, index_slot, phases
+
+    s.landing.initialize()
+    s.tail_landing.initialize()
+    plgpu.barrier_arrive(s.started)
+    zero = jnp.int32(0)
+    _for_each_work(plan, work_item, (_Place(zero, zero), zero, (zero, zero)))
+
+
+def _values(plan: _Plan, side: int, q, kv, indices, tiles, out, s: _Shared):
+    """One half of the columns of O, and of the gather."""
+    loader = _Loader(plan, side, q, kv, indices, tiles, s)
+    values = loader.ring
+    shape = (HEADS, plan.half)
+
+    def weigh(acc, place):
+        plgpu.barrier_wait(s.weighed.at[place.slot])
+        factor = plgpu.load(s.factors.at[place.slot], layout=plgpu.Layout.WGMMA.reduce(1))
+        acc = acc * lax.broadcast_in_dim(factor, shape, (0,))
+        plgpu.barrier_wait(s.scored.at[place.slot])
+        terms = [(0, s.tail.at[place.tail], values.at[place.slot])]
+        [acc] = multiply_add([acc], terms, plan.interpret)
+        if side == LEFT:
+            plgpu.barrier_arrive(s.tail_read.at[place.tail])
+        else:
+            plgpu.barrier_wait(s.tail_read.at[place.tail])
+        return acc
+
+    def refill(place, ahead):
+        """Reuses the place of an entry that is done for the one three (the tail: two) later."""
+        tail_entry, entry = ahead
+        loader.load_tail(tail_entry, place)
+        loader.load(entry, place)
+        return entry, loader.following(entry)
+
+    def work_item(work, carry):
+        place, ahead = carry
+        plgpu.barrier_wait(s.query_read)
+        ahead = refill(place, ahead)
+
+        def body(_, carry):
+            acc, place, ahead = carry
+            acc = weigh(acc, place)
+            warpgroup_barrier(plan.interpret)
+            return acc, place.next(), refill(place, ahead)
+
+        acc = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+        count = tiles[plan.query(work)]
+        acc, place, ahead = lax.fori_loop(0, count - 1, body, (acc, place.next(), ahead))
+        acc = weigh(acc, place)
+        warpgroup_barrier(plan.interpret)
+        values.at[place.slot][...] = acc.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        target = out.at[plan.query(work), plan.heads(work), pl.ds(loader.first_column, plan.half)]
+        plgpu.copy_smem_to_gmem(values.at[place.slot], target)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        warpgroup_barrier(plan.interpret)
+        return place.next(), refill(place, ahead)
+
+    plgpu.barrier_wait(s.started)
+    place = start = _Place(jnp.int32(0), jnp.int32(0))
+    previous = entry = loader.first()
+    for number in range(SLOTS):
+        loader.load(entry, place)
+        if number < TAILS:
+            loader.load_tail(entry, place)
+        previous, entry, place = entry, loader.following(entry), place.next()
+    _for_each_work(plan, work_item, (start, (previous, entry)))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _kernel(q, kv, indices, tiles, out, lse, *scratch, plan: _Plan):
+    words = scratch[13:] if plan.interpret else [scratch[5].at[SLOTS, pl.ds(i, 16)] for i in (0, 16)]
+    landing = Landing(words[0], SLOTS, 2, plan.interpret)
+    tail_landing = Landing(words[1], TAILS, 1, plan.interpret)
+    s = _Shared(*scratch[:13], landing, tail_landing)
+    role = lax.axis_index("role")
+
+    @pl.when(role == SCORES)
+    def _():
+        plgpu.set_max_registers(_REGISTERS[SCORES], action="increase")
+        _scores(plan, tiles, lse, s)
+
+    for side in (LEFT, RIGHT):
+
+        @pl.when(role == side)
+        def _(side=side):
+            plgpu.set_max_registers(_REGISTERS[side], action="decrease")
+            _values(plan, side, q, kv, indices, tiles, out, s)
+
+
+def _scratch(plan: _Plan):
+    def tile(count, width):
+        return plgpu.SMEM((count, KEYS, width), jnp.bfloat16, transforms=TILE)
+
+    return [
+        tile(SLOTS, plan.half),
+        tile(SLOTS, plan.half),
+        tile(TAILS, KEYS),
+        tile(2, CHUNK),
+        plgpu.SMEM((INDEX_SLOTS, KEYS), jnp.int32),
+        plgpu.SMEM((SLOTS + 1, HEADS), jnp.float32),
+        plgpu.Barrier(num_arrivals=3 if plan.tail else 2),
+        plgpu.Barrier(),
+        plgpu.Barrier(num_barriers=INDEX_SLOTS),
+        plgpu.Barrier(num_barriers=SLOTS),
+        plgpu.Barrier(num_barriers=SLOTS),
+        plgpu.Barrier(num_barriers=TAILS),
+        plgpu.Barrier(),
+        *(
+            [
+                plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+                plgpu.Barrier(num_barriers=TAILS),
+            ]
+            if plan.interpret
+            else []
+        ),
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("value_width", "scale", "sms", "interpret"))
+def forward(q, kv, indices, *, value_width: int, scale: float, sms: int = 132, interpret=None):
+    """`(out [B, T, N, value_width], lse [B, T, N])`; see `unsupported` for what it serves."""
+    batch, queries, heads, width = q.shape
+    groups = pl.cdiv(heads, HEADS)
+    cluster = 2 if groups % 2 == 0 else 1
+    work = batch * queries * groups // cluster
+    plan = _Plan(
+        queries=queries,
+        rows=kv.shape[1],
+        groups=groups,
+        half=value_width // 2,
+        tail=width - value_width,
+        scale=scale * _LOG2E,
+        work=work,
+        clusters=min(sms // cluster, work),
+        cluster=cluster,
+        interpret=interpret is not None,
+    )
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, groups * HEADS - heads), (0, 0)))
+    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % KEYS)), constant_values=-1)
+    total = batch * queries
+    out, lse = plgpu.kernel(
+        functools.partial(_kernel, plan=plan),
+        out_type=[
+            jax.ShapeDtypeStruct((total, groups * HEADS, value_width), q.dtype),
+            jax.ShapeDtypeStruct((total, groups * HEADS), jnp.float32),
+        ],
+        scratch_types=_scratch(plan),
+        grid=(plan.clusters,),
+        grid_names=("cluster",),
+        cluster=(cluster,),
+        cluster_names=("half",),
+        num_threads=3,
+        thread_name="role",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        **({"interpret": interpret} if interpret is not None else {}),
+    )(
+        q.reshape(total, groups * HEADS, width),
+        kv.reshape(-1, width),
+        indices.reshape(total, -1),
+        _tiles(indices, kv.shape[1]).reshape(total),
+    )
+    out = out.reshape(batch, queries, -1, value_width)[:, :, :heads]
+    return out, lse.reshape(batch, queries, -1)[:, :, :heads]
+
+
+def _tiles(indices, rows):
+    """How many tiles of a query reach its last key: at least one, so that every query is served."""
+    exists = (indices >= 0) & (indices < rows)
+    last = jnp.max(jnp.where(exists, jnp.arange(1, indices.shape[-1] + 1, dtype=jnp.int32), 0), -1)
+    return jnp.maximum(pl.cdiv(last, KEYS), 1)

@@ -84,7 +84,8 @@ class _Shared:
     left: Any  # bf16 [SLOTS, 64, C/2]
     right: Any
     tail: Any  # bf16 [TAILS, 64, 64]
-    query: Any  # bf16 [2, 64, 64]: last columns of the latent, and the tail
+    query_last: Any  # bf16 [64, 64]: the last columns of the latent
+    query_tail: Any  # bf16 [64, 64]
     indices: Any  # i32 [INDEX_SLOTS, 64]
     factors: Any  # f32 [4, 64]: of the accumulator, one row a slot; the last holds Landing's words
     query_full: Any
@@ -232,9 +233,9 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
             # One at a time: LDSM's registers are not wgmma's, and there are none to spare.
             warpgroup_barrier(plan.interpret)
         ref, columns = chunks[-1]
-        s.query.at[0][...] = plgpu.load(ref.at[place.slot, :, columns], layout=plgpu.Layout.WGMMA)
+        s.query_last[...] = plgpu.load(ref.at[place.slot, :, columns], layout=plgpu.Layout.WGMMA)
         if plan.tail:
-            s.query.at[1][...] = plgpu.load(s.tail.at[place.tail], layout=plgpu.Layout.WGMMA)
+            s.query_tail[...] = plgpu.load(s.tail.at[place.tail], layout=plgpu.Layout.WGMMA)
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.query_read)
         return kept
@@ -248,14 +249,14 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
         mask = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
         mask = lax.broadcast_in_dim(mask, (HEADS, KEYS), (1,))
         phases = s.landing.wait(place.slot, phases)
-        kept = [*query, s.query.at[0]]
+        kept = [*query, s.query_last]
         terms = [
             (0, a, ref.at[place.slot, :, columns].T)
             for a, (ref, columns) in zip(kept, chunks, strict=True)
         ]
         if plan.tail:
             tail_phases = s.tail_landing.wait(place.tail, tail_phases)
-            terms.append((0, s.query.at[1], s.tail.at[place.tail].T))
+            terms.append((0, s.query_tail, s.tail.at[place.tail].T))
         return multiply_add([mask], terms, plan.interpret)[0], (phases, tail_phases)
 
     def tile(query, j, carry, *, last):
@@ -362,10 +363,10 @@ def _values(plan: _Plan, side: int, q, kv, indices, tiles, out, s: _Shared):
 
 
 def _kernel(q, kv, indices, tiles, out, lse, *scratch, plan: _Plan):
-    words = scratch[13:] if plan.interpret else [scratch[5].at[SLOTS, pl.ds(i, 16)] for i in (0, 16)]
+    words = scratch[14:] if plan.interpret else [scratch[6].at[SLOTS, pl.ds(i, 16)] for i in (0, 16)]
     landing = Landing(words[0], SLOTS, 2, plan.interpret)
     tail_landing = Landing(words[1], TAILS, 1, plan.interpret)
-    s = _Shared(*scratch[:13], landing, tail_landing)
+    s = _Shared(*scratch[:14], landing, tail_landing)
     role = lax.axis_index("role")
 
     @pl.when(role == SCORES)
@@ -389,7 +390,8 @@ def _scratch(plan: _Plan):
         tile(SLOTS, plan.half),
         tile(SLOTS, plan.half),
         tile(TAILS, KEYS),
-        tile(2, CHUNK),
+        plgpu.SMEM((HEADS, CHUNK), jnp.bfloat16, transforms=TILE),
+        plgpu.SMEM((HEADS, CHUNK), jnp.bfloat16, transforms=TILE),
         plgpu.SMEM((INDEX_SLOTS, KEYS), jnp.int32),
         plgpu.SMEM((SLOTS + 1, HEADS), jnp.float32),
         plgpu.Barrier(num_arrivals=3 if plan.tail else 2),

@@ -28,15 +28,15 @@ def selections(rng: np.random.Generator, queries: int, keys: int, selected: int,
     what an indexer picks: an eighth the latest keys, 16 sinks, half kept from the query before.
     """
     rows = np.empty((1, queries, selected), np.int32)
-    previous = np.sort(rng.permutation(keys)[:selected])
+    previous = np.sort(rng.choice(keys, selected, replace=False, shuffle=False))
     for t in range(queries):
         if kind == "random":
-            chosen = rng.permutation(keys)[:selected]
+            chosen = rng.choice(keys, selected, replace=False, shuffle=False)
         else:
             end = keys - queries + t + 1
             fixed = np.concatenate([np.arange(16), np.arange(end - selected // 8, end)])
             kept = rng.permutation(previous)[: selected // 2]
-            fresh = rng.permutation(end)[:selected]
+            fresh = rng.choice(end, selected, replace=False)
             chosen = np.unique(np.concatenate([fixed, kept]))
             chosen = np.concatenate([chosen, np.setdiff1d(fresh, chosen)])[:selected]
             previous = chosen

@@ -28,6 +28,7 @@ def multiply_add(
         for number, a, b in terms:
             a = a if isinstance(a, jax.Array) else a[...]
             accs[number] += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # wgmma's reads go through the async proxy, as if after this fence
         return accs
 
     def issue(refs):

@@ -1,0 +1,2 @@
+from benchmarks import sparse_attention as b
+b.measure()

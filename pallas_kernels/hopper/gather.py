@@ -109,6 +109,7 @@ def gather_rows(
     first_row: jax.Array,
     rows: int,
     first_column: int = 0,
+    skip=False,
 ) -> None:
     """Starts `tiles[..][r, :] = table[first_row + indices[r], columns]` for all r of the tiles.
 
@@ -181,7 +182,8 @@ def gather_rows(
             address = arith.addi(
                 source, arith.muli(number, arith.constant(i64, row_bytes))
             )
-            _copy_row(address, size, targets, columns, step)
+            if not skip:
+                _copy_row(address, size, targets, columns, step)
         offset = arith.muli(slot.registers.item(), word(8))
         utils.inline_ptx(
             "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];",

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 def multiply_add(
-    accs: Sequence[jax.Array], terms: Sequence[tuple[int, Any, Any]], interpret: bool
+    accs: Sequence[jax.Array], terms: Sequence[tuple[int, Any, Any]], interpret: bool, nearly=None
 ) -> list[jax.Array]:
     """`accs[i] + a @ b` summed over the terms `(i, a, b)`, waited for.
 
@@ -28,11 +28,16 @@ def multiply_add(
         for number, a, b in terms:
             a = a if isinstance(a, jax.Array) else a[...]
             accs[number] += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        if nearly is not None:
+            nearly()
         plgpu.commit_smem()  # wgmma's reads go through the async proxy, as if after this fence
         return accs
 
     def issue(refs):
         for number, a, b in terms:
             plgpu.wgmma(refs[number], a, b)
+        if nearly is not None:
+            plgpu.wgmma_wait(1)
+            nearly()
 
     return list(pl.run_state(issue)([plgpu.ACC.init(acc) for acc in accs]))

@@ -47,6 +47,7 @@ TAILS = 2
 INDEX_SLOTS = 4
 SCORES, LEFT, RIGHT = range(3)
 _REGISTERS = {SCORES: 184, LEFT: 160, RIGHT: 160}
+TUNE = {}  # TEMPORARY
 _LOWEST = -1e30  # where the running maximum starts: finite, so that exp2(it - it) is 1, not NaN
 _LOG2E = math.log2(math.e)
 
@@ -174,46 +175,54 @@ class _Loader:
         )
 
     def load(self, entry: _Entry, place: _Place):
-        """Starts this side's half of an entry."""
-        self._load(
-            entry,
-            self.ring.at[place.slot],
-            self.first_column,
-            self.s.landing,
-            place.slot,
-            wait_for_indices=True,
-        )
-
-    def load_tail(self, entry: _Entry, place: _Place):
-        if self.plan.tail and self.side == RIGHT:
-            start = 2 * self.plan.half
-            ref = self.s.tail.at[place.tail]
-            self._load(entry, ref, start, self.s.tail_landing, place.tail, wait_for_indices=False)
-
-    def _load(self, entry, ref, first_column, landing, slot, *, wait_for_indices):
-        plan = self.plan
-        more = entry.work < plan.work
+        """Starts this side's half of an entry, three entries ahead."""
+        more = entry.work < self.plan.work
+        target = self.ring.at[place.slot]
 
         @pl.when(jnp.logical_and(more, entry.tile < 0))
         def _():
-            columns = pl.ds(first_column, ref.shape[-1])
-            source = self.q.at[plan.query(entry.work), plan.heads(entry.work), columns]
-            plgpu.copy_gmem_to_smem(source, ref, self.s.query_full)
+            self._fetch_queries(entry, target, self.first_column, place.slot)
 
         @pl.when(jnp.logical_and(more, entry.tile >= 0))
         def _():
-            if wait_for_indices:
-                plgpu.barrier_wait(self.s.indices_full.at[entry.index_slot])
-            gather_rows(
-                self.kv,
-                self.s.indices.at[entry.index_slot],
-                [ref],
-                landing,
-                slot,
-                first_row=plan.first_row(entry.work),
-                rows=plan.rows,
-                first_column=first_column,
-            )
+            plgpu.barrier_wait(self.s.indices_full.at[entry.index_slot])
+            self._gather(entry, target, self.first_column, self.s.landing, place.slot)
+
+    def load_tail(self, entry: _Entry, place: _Place):
+        """Starts the tail of an entry, two entries ahead; RIGHT does."""
+        if not self.plan.tail or self.side == LEFT:
+            return
+        more = entry.work < self.plan.work
+        target = self.s.tail.at[place.tail]
+        first_column = 2 * self.plan.half
+
+        @pl.when(jnp.logical_and(more, entry.tile < 0))
+        def _():
+            # The entry is one ahead of the slot's, two ahead of this one's.
+            slot = lax.rem(place.slot + 2, jnp.int32(SLOTS))
+            self._fetch_queries(entry, target, first_column, slot)
+
+        @pl.when(jnp.logical_and(more, entry.tile >= 0))
+        def _():
+            self._gather(entry, target, first_column, self.s.tail_landing, place.tail)
+
+    def _fetch_queries(self, entry, target, first_column, slot):
+        columns = pl.ds(first_column, target.shape[-1])
+        source = self.q.at[self.plan.query(entry.work), self.plan.heads(entry.work), columns]
+        plgpu.copy_gmem_to_smem(source, target, self.s.query_full.at[slot])
+
+    def _gather(self, entry, target, first_column, landing, slot):
+        gather_rows(
+            self.kv,
+            self.s.indices.at[entry.index_slot],
+            [target],
+            landing,
+            slot,
+            first_row=self.plan.first_row(entry.work),
+            rows=self.plan.rows,
+            first_column=first_column,
+            skip="nogather" in TUNE,
+        )
 
 
 def _scores(plan: _Plan, tiles, lse, s: _Shared):
@@ -226,7 +235,7 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
         return lax.broadcast_in_dim(x, (HEADS, KEYS), (0,))
 
     def load_query(place):
-        plgpu.barrier_wait(s.query_full)
+        plgpu.barrier_wait(s.query_full.at[place.slot])
         kept = []
         for ref, columns in chunks[:-1]:
             kept.append(plgpu.load(ref.at[place.slot, :, columns], layout=plgpu.Layout.WGMMA))
@@ -237,10 +246,10 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
         if plan.tail:
             s.query_tail[...] = plgpu.load(s.tail.at[place.tail], layout=plgpu.Layout.WGMMA)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(s.query_read)
+        plgpu.barrier_arrive(s.query_read.at[place.slot])
         return kept
 
-    def score(query, place, index_slot, phases):
+    def score(query, j, place, previous, index_slot, phases):
         """Raw S, which starts from -inf where there is no key: the mask costs the softmax nothing."""
         phases, tail_phases = phases
         plgpu.barrier_wait(s.indices_full.at[index_slot])
@@ -248,6 +257,8 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
         exists = jnp.logical_and(index >= 0, index < plan.rows)
         mask = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
         mask = lax.broadcast_in_dim(mask, (HEADS, KEYS), (1,))
+        if "nomask" in TUNE:
+            mask = plgpu.layout_cast(jnp.zeros((HEADS, KEYS), jnp.float32), plgpu.Layout.WGMMA)
         phases = s.landing.wait(place.slot, phases)
         kept = [*query, s.query_last]
         terms = [
@@ -257,12 +268,17 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
         if plan.tail:
             tail_phases = s.tail_landing.wait(place.tail, tail_phases)
             terms.append((0, s.query_tail, s.tail.at[place.tail].T))
-        return multiply_add([mask], terms, plan.interpret)[0], (phases, tail_phases)
+        def nearly():
+            plgpu.barrier_arrive(s.scored.at[previous], predicate=j > 0)
+
+        early = nearly if "early" in TUNE else None
+        return multiply_add([mask], terms, plan.interpret, early)[0], (phases, tail_phases)
 
     def tile(query, j, carry, *, last):
         top, total, place, previous, index_slot, phases = carry
-        scores, phases = score(query, place, index_slot, phases)
-        pl.when(j > 0)(lambda: plgpu.barrier_arrive(s.scored.at[previous]))
+        scores, phases = score(query, j, place, previous, index_slot, phases)
+        if 'early' not in TUNE:
+            pl.when(j > 0)(lambda: plgpu.barrier_arrive(s.scored.at[previous]))
         new_top = jnp.maximum(top, scores.max(axis=1))
         factor = jnp.exp2((top - new_top) * plan.scale)
         weights = jnp.exp2(scores * plan.scale - over_keys(new_top * plan.scale))
@@ -328,7 +344,7 @@ def _values(plan: _Plan, side: int, q, kv, indices, tiles, out, s: _Shared):
 
     def work_item(work, carry):
         place, ahead = carry
-        plgpu.barrier_wait(s.query_read)
+        plgpu.barrier_wait(s.query_read.at[place.slot])
         ahead = refill(place, ahead)
 
         def body(_, carry):
@@ -355,8 +371,9 @@ def _values(plan: _Plan, side: int, q, kv, indices, tiles, out, s: _Shared):
     previous = entry = loader.first()
     for number in range(SLOTS):
         loader.load(entry, place)
-        if number < TAILS:
-            loader.load_tail(entry, place)
+        if number < TAILS:  # `load_tail` counts from the entry two before
+            before = lax.rem(place.slot + 1, jnp.int32(SLOTS))
+            loader.load_tail(entry, _Place(before, place.tail))
         previous, entry, place = entry, loader.following(entry), place.next()
     _for_each_work(plan, work_item, (start, (previous, entry)))
     plgpu.wait_smem_to_gmem(0)
@@ -394,8 +411,8 @@ def _scratch(plan: _Plan):
         plgpu.SMEM((HEADS, CHUNK), jnp.bfloat16, transforms=TILE),
         plgpu.SMEM((INDEX_SLOTS, KEYS), jnp.int32),
         plgpu.SMEM((SLOTS + 1, HEADS), jnp.float32),
-        plgpu.Barrier(num_arrivals=3 if plan.tail else 2),
-        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=3 if plan.tail else 2, num_barriers=SLOTS),
+        plgpu.Barrier(num_barriers=SLOTS),
         plgpu.Barrier(num_barriers=INDEX_SLOTS),
         plgpu.Barrier(num_barriers=SLOTS),
         plgpu.Barrier(num_barriers=SLOTS),

@@ -98,7 +98,9 @@ def measure(forward=forward_sm90.forward, sizes=(8192, 32768, 131072), kinds=("r
             rate = time.tflops(2 * T * heads * K * (2 * C + R))
             results.append({"keys": keys, "kind": kind, "ms": time.median_ms, "TFLOP/s": rate})
             shares = {k[:40]: round(v, 4) for k, v in time.kernels.items()}
-            print(keys, kind, heads, f"{time.median_ms:.3f} ms {rate:.0f} TFLOP/s", shares, flush=True)
+            print(
+                keys, kind, heads, f"{time.median_ms:.3f} ms {rate:.0f} TFLOP/s", shares, flush=True
+            )
     return results
 
 

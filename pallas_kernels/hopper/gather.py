@@ -13,7 +13,6 @@ copied by loads and stores.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,15 +35,15 @@ class Landing:
     """One mbarrier per slot of a ring, on which the copies of `gather_rows` arrive.
 
     Attributes:
-        ref: two 32-bit SMEM words a slot; in interpret mode a `plgpu.Barrier` per slot instead.
+        ref: SMEM words; in interpret mode a `plgpu.Barrier` per slot instead.
+        start: where in `ref`, in bytes, 8 bytes a slot begin.
         slots: how many.
-        gatherers: warpgroups whose copies make one completion.
         interpret: whether this is the twin.
     """
 
     ref: Any
+    start: int
     slots: int
-    gatherers: int
     interpret: bool
 
     def initialize(self) -> None:
@@ -56,9 +55,9 @@ class Landing:
         def emit(_, words):
             first = utils.single_thread_predicate(scope=utils.ThreadSubset.WARPGROUP)
             for slot in range(self.slots):
-                address = _shared_address(words, 8 * slot)
+                address = _shared_address(words, self.start + 8 * slot)
                 utils.inline_ptx(
-                    f"mbarrier.init.shared::cta.b64 [$0], {LANES * self.gatherers};",
+                    f"mbarrier.init.shared::cta.b64 [$0], {LANES};",
                     address,
                     predicate=first,
                     has_side_effects=True,
@@ -66,19 +65,16 @@ class Landing:
 
         emit(self.ref)
 
-    def wait(self, slot: jax.Array, phases: jax.Array) -> jax.Array:
+    def wait(self, slot: jax.Array, phases: jax.Array) -> None:
         """Waits for the next completion of a slot and makes what landed visible to wgmma.
 
         Args:
             slot: which.
-            phases: the caller's count of completions, one bit a slot, modulo 2; starts as 0.
-
-        Returns:
-            The next `phases`.
+            phases: how many completions of each slot came before, modulo 2, one bit a slot.
         """
         if self.interpret:
             plgpu.barrier_wait(self.ref.at[slot])
-            return phases
+            return
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
@@ -86,6 +82,7 @@ class Landing:
         def emit(_, words, slot, parity):
             i32 = ir.IntegerType.get_signless(32)
             offset = arith.muli(slot.registers.item(), arith.constant(i32, 8))
+            offset = arith.addi(offset, arith.constant(i32, self.start))
             pointer = utils.getelementptr(
                 utils.memref_ptr(words), [offset], ir.IntegerType.get_signless(8)
             )
@@ -96,56 +93,65 @@ class Landing:
 
         bit = lax.shift_left(jnp.int32(1), slot)
         emit(self.ref, slot, (lax.bitwise_and(phases, bit) != 0).astype(jnp.int32))
-        return lax.bitwise_xor(phases, bit)
+
+    @staticmethod
+    def next(slot: jax.Array, phases: jax.Array) -> jax.Array:
+        """`phases` after a completion of a slot."""
+        return lax.bitwise_xor(phases, lax.shift_left(jnp.int32(1), slot))
 
 
 def gather_rows(
     table: Any,
     indices: Any,
-    tiles: Sequence[Any],
+    tile: Any,
     landing: Landing,
     slot: jax.Array,
     *,
     first_row: jax.Array,
     rows: int,
-    first_column: int = 0,
+    first_column: int,
+    columns: tuple[int, int],
+    arrive: bool,
     skip=False,
 ) -> None:
-    """Starts `tiles[..][r, :] = table[first_row + indices[r], columns]` for all r of the tiles.
+    """Starts `tile[r, c] = table[first_row + indices[r], first_column + c]` for some columns c.
 
-    Columns from `first_column` on go to the tiles in order. An index outside `0 .. rows - 1` gives zeros. One warpgroup
-    calls this; the copies arrive on `landing` slot `slot`.
+    An index outside `0 .. rows - 1` gives zeros. One warpgroup calls this, for parts of a tile one
+    after the other if it likes, and with the last part has all its copies arrive.
 
     Args:
         table: GMEM `[.., D]`, bf16, rows contiguous.
         indices: SMEM i32 `[r]`, r a multiple of 16.
-        tiles: SMEM bf16 `[r, columns]` each, laid out as `TILE`; columns add up to at most D.
+        tile: SMEM bf16 `[r, C]`, laid out as `TILE`.
         landing: where the copies arrive.
         slot: which barrier of it.
         first_row: added to every index.
         rows: how many rows an index may name.
-        first_column: a multiple of 64.
+        first_column: of the table, a multiple of 64.
+        columns: start and stop, multiples of 64.
+        arrive: whether what this warpgroup has started so far is all that belongs to the slot.
     """
     if landing.interpret:
-        _gather_rows_twin(table, indices, tiles, first_row, rows, first_column)
-        plgpu.barrier_arrive(landing.ref.at[slot])
+        _gather_rows_twin(table, indices, tile, first_row, rows, first_column, columns)
+        if arrive:
+            plgpu.barrier_arrive(landing.ref.at[slot])
         return
-    keys = indices.shape[0]
     row_bytes = 2 * table.shape[-1]
-    columns = [tile.shape[-1] for tile in tiles]
-    tile_type = plgpu.RefType(TILE)
+    count, width = tile.shape
+    eight_rows = width // TILE_COLUMNS * _TILE_BYTES
+    chunks = range(columns[0] // TILE_COLUMNS, columns[1] // TILE_COLUMNS)
 
     @plgpu.inline_mgpu(
         arg_types=(
             plgpu.RefType(),
             plgpu.RefType(),
-            [tile_type] * len(tiles),
+            plgpu.RefType(TILE),
             plgpu.RefType(),
             plgpu.Layout.WG_SPLAT,
             plgpu.Layout.WG_SPLAT,
         )
     )
-    def emit(_, table, indices, tiles, words, slot, first_row):
+    def emit(_, table, indices, tile, words, slot, first_row):
         i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
 
         def word(value):
@@ -158,68 +164,50 @@ def gather_rows(
         swizzled = arith.addi(
             arith.muli(in_tile, word(128)), arith.muli(arith.xori(piece, in_tile), word(16))
         )
-        source = llvm.ptrtoint(
-            i64,
-            llvm.addrspacecast(
-                llvm.PointerType.get(address_space=1), utils.memref_ptr(table)
-            ),
-        )
+        target = arith.addi(arith.muli(arith.divui(row, word(8)), word(eight_rows)), swizzled)
+        target = arith.addi(_shared_address(tile), target)
+        pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(table))
         start = arith.addi(arith.muli(piece, word(16)), word(2 * first_column))
-        source = arith.addi(source, arith.extui(i64, start))
-        targets = []
-        for tile, width in zip(tiles, columns, strict=True):
-            stride = width // TILE_COLUMNS * _TILE_BYTES
-            offset = arith.addi(arith.muli(arith.divui(row, word(8)), word(stride)), swizzled)
-            targets.append(arith.addi(_shared_address(tile), offset))
+        source = arith.addi(llvm.ptrtoint(i64, pointer), arith.extui(i64, start))
         base = arith.extsi(i64, first_row.registers.item())
-        for step in range(keys // 16):
+        wanted = []
+        for step in range(count // 16):
             at = arith.addi(row, word(16 * step))
-            index = memref.load(indices, [arith.index_cast(ir.IndexType.get(), at)])
+            wanted.append(memref.load(indices, [arith.index_cast(ir.IndexType.get(), at)]))
+        for step, index in enumerate(wanted):
             inside = arith.cmpi(arith.CmpIPredicate.ult, index, word(rows))
             index = arith.select(inside, index, word(0))
-            size = arith.select(inside, word(16), word(0))
-            number = arith.addi(base, arith.extsi(i64, index))
-            address = arith.addi(
-                source, arith.muli(number, arith.constant(i64, row_bytes))
+            size = arith.select(inside, word(16), word(0))  # 0 reads nothing and writes zeros
+            number = arith.addi(base, arith.extui(i64, index))
+            address = arith.addi(source, arith.muli(number, arith.constant(i64, row_bytes)))
+            copies = "\n".join(
+                "cp.async.cg.shared.global.L2::128B "
+                f"[$2 + {2 * step * eight_rows + chunk * _TILE_BYTES}], "
+                f"[$0 + {chunk * 2 * TILE_COLUMNS}], 16, $1;"
+                for chunk in chunks
             )
             if not skip:
-                _copy_row(address, size, targets, columns, step)
-        offset = arith.muli(slot.registers.item(), word(8))
-        utils.inline_ptx(
-            "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];",
-            arith.addi(_shared_address(words), offset),
-            has_side_effects=True,
-        )
-
-    emit(table, indices, list(tiles), landing.ref, slot, first_row)
-
-
-def _copy_row(address, size, targets, columns, step) -> None:
-    """This lane's 16 bytes of every 128 bytes of a row; `size` 0 writes zeros and reads nothing."""
-    lines, done = [], 0
-    for number, width in enumerate(columns):
-        chunks = width // TILE_COLUMNS
-        for chunk in range(chunks):
-            to = (2 * step * chunks + chunk) * _TILE_BYTES
-            lines.append(
-                "cp.async.cg.shared.global.L2::128B "
-                f"[${2 + number} + {to}], [$0 + {done}], 16, $1;"
+                utils.inline_ptx(copies, address, size, target, has_side_effects=True)
+        if arrive:
+            offset = arith.muli(slot.registers.item(), word(8))
+            utils.inline_ptx(
+                "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];",
+                arith.addi(_shared_address(words, landing.start), offset),
+                has_side_effects=True,
             )
-            done += 128
-    utils.inline_ptx("\n".join(lines), address, size, *targets, has_side_effects=True)
+
+    emit(table, indices, tile, landing.ref, slot, first_row)
 
 
-def _gather_rows_twin(table, indices, tiles, first_row, rows, first_column) -> None:
+def _gather_rows_twin(table, indices, tile, first_row, rows, first_column, columns) -> None:
+    start, stop = columns
+
     def copy(r, _):
         index = indices[r]
         inside = (index >= 0) & (index < rows)
         number = first_row + jnp.where(inside, index, 0)
-        done = first_column
-        for tile in tiles:
-            width = tile.shape[-1]
-            values = table[number, done : done + width]
-            tile[r, :] = jnp.where(inside, values, jnp.zeros_like(values))
-            done += width
+        values = table[number, first_column + start : first_column + stop]
+        tile[r, start:stop] = jnp.where(inside, values, jnp.zeros_like(values))
 
     lax.fori_loop(0, indices.shape[0], copy, None)
 

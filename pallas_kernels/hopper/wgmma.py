@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,33 +11,58 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
+class Product(NamedTuple):
+    """`accumulators[number] += left @ right`, started.
+
+    `left` is an SMEM ref, or an array in layout `WGMMA`; `right` is an SMEM ref.
+    """
+
+    number: int
+    left: Any
+    right: Any
+
+
+class Until(NamedTuple):
+    """Waits until at most so many of the products started are unfinished."""
+
+    unfinished: int
+
+
 def multiply_add(
-    accs: Sequence[jax.Array], terms: Sequence[tuple[int, Any, Any]], interpret: bool, nearly=None
+    accumulators: Sequence[jax.Array],
+    steps: Sequence[Product | Until | Callable[[], None]],
+    interpret: bool,
 ) -> list[jax.Array]:
-    """`accs[i] + a @ b` summed over the terms `(i, a, b)`, waited for.
+    """The accumulators after the products of the steps, all waited for.
 
     Args:
-        accs: f32, in layout `WGMMA`.
-        terms: the number of an accumulator, its left factor (an SMEM ref, or an array in layout
-            `WGMMA`) and its right factor (an SMEM ref).
+        accumulators: f32, in layout `WGMMA`.
+        steps: products, waits, and what to do in between (it may not touch the accumulators).
         interpret: whether to run the twin: interpret mode has neither accumulators that start
             from a value nor left factors in registers.
     """
     if interpret:
-        accs = list(accs)
-        for number, a, b in terms:
-            a = a if isinstance(a, jax.Array) else a[...]
-            accs[number] += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        if nearly is not None:
-            nearly()
-        plgpu.commit_smem()  # wgmma's reads go through the async proxy, as if after this fence
-        return accs
+        accumulators = list(accumulators)
+        for step in steps:
+            if isinstance(step, Product):
+                left = step.left if isinstance(step.left, jax.Array) else step.left[...]
+                product = jnp.dot(left, step.right[...], preferred_element_type=jnp.float32)
+                accumulators[step.number] += product
+            elif isinstance(step, Until):
+                # wgmma reads through the async proxy, the twin has read as if before this fence.
+                plgpu.commit_smem()
+            else:
+                step()
+        plgpu.commit_smem()
+        return accumulators
 
-    def issue(refs):
-        for number, a, b in terms:
-            plgpu.wgmma(refs[number], a, b)
-        if nearly is not None:
-            plgpu.wgmma_wait(1)
-            nearly()
+    def run(refs):
+        for step in steps:
+            if isinstance(step, Product):
+                plgpu.wgmma(refs[step.number], step.left, step.right)
+            elif isinstance(step, Until):
+                plgpu.wgmma_wait(step.unfinished)
+            else:
+                step()
 
-    return list(pl.run_state(issue)([plgpu.ACC.init(acc) for acc in accs]))
+    return list(pl.run_state(run)([plgpu.ACC.init(acc) for acc in accumulators]))

@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import TILE, Landing, gather_rows, warpgroup_barrier
-from pallas_kernels.hopper.wgmma import multiply_add
+from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
 
 HEADS = 64  # of a CTA: one wgmma's rows
 KEYS = 64  # of a tile
@@ -66,6 +66,11 @@ class _Plan:
     clusters: int
     cluster: int  # CTAs of a cluster: 2 or 1
     interpret: bool
+
+    @property
+    def middle(self) -> int:
+        """Where the two accumulators of LEFT or RIGHT meet."""
+        return self.half // 2 // CHUNK * CHUNK
 
     def query(self, work):
         return lax.div(work, jnp.int32(self.groups // self.cluster))
@@ -96,7 +101,7 @@ class _Shared:
     scored: Any  # S of the tile after the slot's is done (or there is none): P V may start
     tail_read: Any  # LEFT no longer needs P
     started: Any
-    landing: Landing
+    landings: list[Landing]  # of the first and the last columns of LEFT, then of RIGHT
     tail_landing: Landing
 
 
@@ -138,6 +143,7 @@ class _Loader:
         self.q, self.kv, self.indices, self.tiles = q, kv, indices, tiles
         self.ring = s.left if side == LEFT else s.right
         self.first_column = 0 if side == LEFT else plan.half
+        self.landings = s.landings[:2] if side == LEFT else s.landings[2:]
 
     def first(self) -> _Entry:
         work = lax.axis_index("cluster")
@@ -174,19 +180,25 @@ class _Loader:
             self.s.indices_full.at[index_slot],
         )
 
-    def load(self, entry: _Entry, place: _Place):
-        """Starts this side's half of an entry, three entries ahead."""
+    def load(self, entry: _Entry, place: _Place, part: int):
+        """Starts a part of this side's half of an entry, three entries ahead.
+
+        The parts of a tile are its first columns, most of the others, and the rest. Of queries
+        all goes with part 1.
+        """
         more = entry.work < self.plan.work
         target = self.ring.at[place.slot]
+        if part == 1:
 
-        @pl.when(jnp.logical_and(more, entry.tile < 0))
-        def _():
-            self._fetch_queries(entry, target, self.first_column, place.slot)
+            @pl.when(jnp.logical_and(more, entry.tile < 0))
+            def _():
+                self._fetch_queries(entry, target, self.first_column, place.slot)
 
         @pl.when(jnp.logical_and(more, entry.tile >= 0))
         def _():
-            plgpu.barrier_wait(self.s.indices_full.at[entry.index_slot])
-            self._gather(entry, target, self.first_column, self.s.landing, place.slot)
+            if part == 0:
+                plgpu.barrier_wait(self.s.indices_full.at[entry.index_slot])
+            self._gather(entry, target, self.first_column, place.slot, part)
 
     def load_tail(self, entry: _Entry, place: _Place):
         """Starts the tail of an entry, two entries ahead; RIGHT does."""
@@ -204,23 +216,30 @@ class _Loader:
 
         @pl.when(jnp.logical_and(more, entry.tile >= 0))
         def _():
-            self._gather(entry, target, first_column, self.s.tail_landing, place.tail)
+            self._gather(entry, target, first_column, place.tail, None)
 
     def _fetch_queries(self, entry, target, first_column, slot):
         columns = pl.ds(first_column, target.shape[-1])
         source = self.q.at[self.plan.query(entry.work), self.plan.heads(entry.work), columns]
         plgpu.copy_gmem_to_smem(source, target, self.s.query_full.at[slot])
 
-    def _gather(self, entry, target, first_column, landing, slot):
+    def _gather(self, entry, target, first_column, slot, part):
+        half, s = self.plan.half, self.s
+        middle, most = self.plan.middle, half - CHUNK
+        columns = {None: (0, CHUNK), 0: (0, middle), 1: (middle, most), 2: (most, half)}[part]
+        if columns[0] == columns[1]:
+            return
         gather_rows(
             self.kv,
-            self.s.indices.at[entry.index_slot],
-            [target],
-            landing,
+            s.indices.at[entry.index_slot],
+            target,
+            s.tail_landing if part is None else self.landings[min(part, 1)],
             slot,
             first_row=self.plan.first_row(entry.work),
             rows=self.plan.rows,
             first_column=first_column,
+            columns=columns,
+            arrive=part != 1,
             skip="nogather" in TUNE,
         )
 
@@ -229,7 +248,12 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
     """S, the softmax, and P; at a query's last tile P and the factors are divided by the sum."""
     row = plgpu.Layout.WGMMA.reduce(1)
     column = plgpu.Layout.WGMMA.reduce(0)
-    chunks = [(ref, pl.ds(i, CHUNK)) for ref in (s.left, s.right) for i in range(0, plan.half, CHUNK)]
+    chunks = [
+        (ref, pl.ds(i, CHUNK)) for ref in (s.left, s.right) for i in range(0, plan.half, CHUNK)
+    ]
+
+    middle = plan.middle // CHUNK
+    first_chunks = [0, middle, plan.half // CHUNK, plan.half // CHUNK + middle]
 
     def over_keys(x):
         return lax.broadcast_in_dim(x, (HEADS, KEYS), (0,))
@@ -249,9 +273,8 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
         plgpu.barrier_arrive(s.query_read.at[place.slot])
         return kept
 
-    def score(query, j, place, previous, index_slot, phases):
-        """Raw S, which starts from -inf where there is no key: the mask costs the softmax nothing."""
-        phases, tail_phases = phases
+    def score(query, j, place, previous, index_slot, phases, tail_phases):
+        """Raw S. It starts from -inf where there is no key: so the softmax needs no mask."""
         plgpu.barrier_wait(s.indices_full.at[index_slot])
         index = plgpu.load(s.indices.at[index_slot], layout=column)
         exists = jnp.logical_and(index >= 0, index < plan.rows)
@@ -259,26 +282,32 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
         mask = lax.broadcast_in_dim(mask, (HEADS, KEYS), (1,))
         if "nomask" in TUNE:
             mask = plgpu.layout_cast(jnp.zeros((HEADS, KEYS), jnp.float32), plgpu.Layout.WGMMA)
-        phases = s.landing.wait(place.slot, phases)
-        kept = [*query, s.query_last]
-        terms = [
-            (0, a, ref.at[place.slot, :, columns].T)
-            for a, (ref, columns) in zip(kept, chunks, strict=True)
-        ]
+        steps = []
+        for number, (left, (ref, columns)) in enumerate(
+            zip([*query, s.query_last], chunks, strict=True)
+        ):
+            if number in first_chunks:
+                landing = s.landings[first_chunks.index(number)]
+                steps.append(functools.partial(landing.wait, place.slot, phases))
+            steps.append(Product(0, left, ref.at[place.slot, :, columns].T))
         if plan.tail:
-            tail_phases = s.tail_landing.wait(place.tail, tail_phases)
-            terms.append((0, s.query_tail, s.tail.at[place.tail].T))
+            steps.append(functools.partial(s.tail_landing.wait, place.tail, tail_phases))
+            steps.append(Product(0, s.query_tail, s.tail.at[place.tail].T))
+
         def nearly():
             plgpu.barrier_arrive(s.scored.at[previous], predicate=j > 0)
 
-        early = nearly if "early" in TUNE else None
-        return multiply_add([mask], terms, plan.interpret, early)[0], (phases, tail_phases)
+        if "early" in TUNE:
+            steps += [Until(int(TUNE["early"])), nearly]
+        else:
+            steps += [Until(0), nearly]
+        [scores] = multiply_add([mask], steps, plan.interpret)
+        return scores
 
     def tile(query, j, carry, *, last):
         top, total, place, previous, index_slot, phases = carry
-        scores, phases = score(query, j, place, previous, index_slot, phases)
-        if 'early' not in TUNE:
-            pl.when(j > 0)(lambda: plgpu.barrier_arrive(s.scored.at[previous]))
+        scores = score(query, j, place, previous, index_slot, *phases)
+        phases = Landing.next(place.slot, phases[0]), Landing.next(place.tail, phases[1])
         new_top = jnp.maximum(top, scores.max(axis=1))
         factor = jnp.exp2((top - new_top) * plan.scale)
         weights = jnp.exp2(scores * plan.scale - over_keys(new_top * plan.scale))
@@ -309,8 +338,8 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
         lse.at[plan.query(work), plan.heads(work)][...] = value
         return place, index_slot, phases
 
-    s.landing.initialize()
-    s.tail_landing.initialize()
+    for landing in (*s.landings, s.tail_landing):
+        landing.initialize()
     plgpu.barrier_arrive(s.started)
     zero = jnp.int32(0)
     _for_each_work(plan, work_item, (_Place(zero, zero), zero, (zero, zero)))
@@ -320,70 +349,96 @@ def _values(plan: _Plan, side: int, q, kv, indices, tiles, out, s: _Shared):
     """One half of the columns of O, and of the gather."""
     loader = _Loader(plan, side, q, kv, indices, tiles, s)
     values = loader.ring
-    shape = (HEADS, plan.half)
+    parts = [pl.ds(0, plan.middle), pl.ds(plan.middle, plan.half - plan.middle)]
 
-    def weigh(acc, place):
+    def weigh(accs, place, late, entry):
+        """One tile's P V. Loads meanwhile what is `late`, and `entry` where P V has passed."""
         plgpu.barrier_wait(s.weighed.at[place.slot])
         factor = plgpu.load(s.factors.at[place.slot], layout=plgpu.Layout.WGMMA.reduce(1))
-        acc = acc * lax.broadcast_in_dim(factor, shape, (0,))
+        accs = [acc * lax.broadcast_in_dim(factor, acc.shape, (0,)) for acc in accs]
         plgpu.barrier_wait(s.scored.at[place.slot])
-        terms = [(0, s.tail.at[place.tail], values.at[place.slot])]
-        [acc] = multiply_add([acc], terms, plan.interpret)
+
+        def first_columns():
+            warpgroup_barrier(plan.interpret)
+            loader.load(entry, place, 0)
+
+        steps = [
+            Product(i, s.tail.at[place.tail], values.at[place.slot, :, part])
+            for i, part in enumerate(parts)
+        ]
+        steps.append(lambda: loader.load(*late, 2))
+        if entry is not None:
+            steps += [Until(1), first_columns]
+        accs = multiply_add(accs, steps, plan.interpret)
         if side == LEFT:
             plgpu.barrier_arrive(s.tail_read.at[place.tail])
         else:
             plgpu.barrier_wait(s.tail_read.at[place.tail])
-        return acc
+        return accs
 
     def refill(place, ahead):
-        """Reuses the place of an entry that is done for the one three (the tail: two) later."""
+        """Most of what takes the place of an entry that is done; returns what is late."""
         tail_entry, entry = ahead
         loader.load_tail(tail_entry, place)
-        loader.load(entry, place)
-        return entry, loader.following(entry)
+        loader.load(entry, place, 1)
+        return (entry, loader.following(entry)), (entry, place)
 
     def work_item(work, carry):
-        place, ahead = carry
+        place, ahead, late = carry
+        loader.load(*late, 2)
         plgpu.barrier_wait(s.query_read.at[place.slot])
-        ahead = refill(place, ahead)
+        loader.load(ahead[1], place, 0)
+        ahead, late = refill(place, ahead)
 
         def body(_, carry):
-            acc, place, ahead = carry
-            acc = weigh(acc, place)
+            accs, place, ahead, late = carry
+            accs = weigh(accs, place, late, ahead[1])
             warpgroup_barrier(plan.interpret)
-            return acc, place.next(), refill(place, ahead)
+            return accs, place.next(), *refill(place, ahead)
 
-        acc = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+        accs = [
+            plgpu.layout_cast(jnp.zeros((HEADS, part.size), jnp.float32), plgpu.Layout.WGMMA)
+            for part in parts
+        ]
         count = tiles[plan.query(work)]
-        acc, place, ahead = lax.fori_loop(0, count - 1, body, (acc, place.next(), ahead))
-        acc = weigh(acc, place)
+        carry = accs, place.next(), ahead, late
+        accs, place, ahead, late = lax.fori_loop(0, count - 1, body, carry)
+        accs = weigh(accs, place, late, None)
         warpgroup_barrier(plan.interpret)
-        values.at[place.slot][...] = acc.astype(jnp.bfloat16)
+        for acc, part in zip(accs, parts, strict=True):
+            values.at[place.slot, :, part][...] = acc.astype(jnp.bfloat16)
         plgpu.commit_smem()
         target = out.at[plan.query(work), plan.heads(work), pl.ds(loader.first_column, plan.half)]
         plgpu.copy_smem_to_gmem(values.at[place.slot], target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
-        return place.next(), refill(place, ahead)
+        loader.load(ahead[1], place, 0)
+        return place.next(), *refill(place, ahead)
 
     plgpu.barrier_wait(s.started)
     place = start = _Place(jnp.int32(0), jnp.int32(0))
     previous = entry = loader.first()
     for number in range(SLOTS):
-        loader.load(entry, place)
+        for part in range(3):
+            loader.load(entry, place, part)
         if number < TAILS:  # `load_tail` counts from the entry two before
             before = lax.rem(place.slot + 1, jnp.int32(SLOTS))
             loader.load_tail(entry, _Place(before, place.tail))
         previous, entry, place = entry, loader.following(entry), place.next()
-    _for_each_work(plan, work_item, (start, (previous, entry)))
+    # Nothing is late yet: an entry past the end.
+    nothing = entry._replace(work=jnp.int32(plan.work))
+    _for_each_work(plan, work_item, (start, (previous, entry), (nothing, start)))
     plgpu.wait_smem_to_gmem(0)
 
 
 def _kernel(q, kv, indices, tiles, out, lse, *scratch, plan: _Plan):
-    words = scratch[14:] if plan.interpret else [scratch[6].at[SLOTS, pl.ds(i, 16)] for i in (0, 16)]
-    landing = Landing(words[0], SLOTS, 2, plan.interpret)
-    tail_landing = Landing(words[1], TAILS, 1, plan.interpret)
-    s = _Shared(*scratch[:14], landing, tail_landing)
+    rings = [SLOTS] * 4 + [TAILS]
+    words = scratch[14:] if plan.interpret else [scratch[6]] * len(rings)
+    *landings, tail_landing = (
+        Landing(ref, 4 * SLOTS * HEADS + 32 * i, slots, plan.interpret)
+        for i, (ref, slots) in enumerate(zip(words, rings, strict=True))
+    )
+    s = _Shared(*scratch[:14], landings, tail_landing)
     role = lax.axis_index("role")
 
     @pl.when(role == SCORES)
@@ -418,14 +473,7 @@ def _scratch(plan: _Plan):
         plgpu.Barrier(num_barriers=SLOTS),
         plgpu.Barrier(num_barriers=TAILS),
         plgpu.Barrier(),
-        *(
-            [
-                plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
-                plgpu.Barrier(num_barriers=TAILS),
-            ]
-            if plan.interpret
-            else []
-        ),
+        *[plgpu.Barrier(num_barriers=n) for n in [SLOTS] * 4 + [TAILS] if plan.interpret],
     ]
 
 

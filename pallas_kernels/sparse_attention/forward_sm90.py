@@ -43,7 +43,6 @@ HEADS = 64  # of a CTA: one wgmma's rows
 KEYS = 64  # of a tile
 CHUNK = 64  # columns that a 128-byte swizzle spans
 SLOTS = 3  # of the ring
-TAILS = 2
 INDEX_SLOTS = 4
 SCORES, LEFT, RIGHT = range(3)
 _REGISTERS = {SCORES: 184, LEFT: 160, RIGHT: 160}
@@ -68,6 +67,15 @@ class _Plan:
     interpret: bool
 
     @property
+    def tails(self) -> int:
+        """Slots for tails, which hold P in the end.
+
+        Where kv has a tail, loading it waits for P V two tiles before; else the rest of the tile
+        must do, which waits for P V three tiles before.
+        """
+        return 2 if self.tail else SLOTS
+
+    @property
     def middle(self) -> int:
         """Where the two accumulators of LEFT or RIGHT meet."""
         return self.half // 2 // CHUNK * CHUNK
@@ -89,7 +97,7 @@ class _Shared:
 
     left: Any  # bf16 [SLOTS, 64, C/2]
     right: Any
-    tail: Any  # bf16 [TAILS, 64, 64]
+    tail: Any  # bf16 [2 or 3, 64, 64]
     query_last: Any  # bf16 [64, 64]: the last columns of the latent
     query_tail: Any  # bf16 [64, 64]
     indices: Any  # i32 [INDEX_SLOTS, 64]
@@ -111,8 +119,8 @@ class _Place(NamedTuple):
     slot: Any
     tail: Any
 
-    def next(self):
-        return _Place(_next(self.slot, SLOTS), 1 - self.tail)
+    def next(self, plan: _Plan) -> _Place:
+        return _Place(_next(self.slot, SLOTS), _next(self.tail, plan.tails))
 
 
 class _Entry(NamedTuple):
@@ -244,7 +252,7 @@ class _Loader:
         )
 
 
-def _scores(plan: _Plan, tiles, lse, s: _Shared):
+def _scores(plan: _Plan, tiles, full, lse, s: _Shared):
     """S, the softmax, and P; at a query's last tile P and the factors are divided by the sum."""
     row = plgpu.Layout.WGMMA.reduce(1)
     column = plgpu.Layout.WGMMA.reduce(0)
@@ -273,15 +281,15 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
         plgpu.barrier_arrive(s.query_read.at[place.slot])
         return kept
 
-    def score(query, j, place, previous, index_slot, phases, tail_phases):
+    def score(query, j, place, previous, index_slot, phases, tail_phases, masked):
         """Raw S. It starts from -inf where there is no key: so the softmax needs no mask."""
         plgpu.barrier_wait(s.indices_full.at[index_slot])
-        index = plgpu.load(s.indices.at[index_slot], layout=column)
-        exists = jnp.logical_and(index >= 0, index < plan.rows)
-        mask = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
-        mask = lax.broadcast_in_dim(mask, (HEADS, KEYS), (1,))
-        if "nomask" in TUNE:
-            mask = plgpu.layout_cast(jnp.zeros((HEADS, KEYS), jnp.float32), plgpu.Layout.WGMMA)
+        start = plgpu.layout_cast(jnp.zeros((HEADS, KEYS), jnp.float32), plgpu.Layout.WGMMA)
+        if masked:
+            index = plgpu.load(s.indices.at[index_slot], layout=column)
+            exists = jnp.logical_and(index >= 0, index < plan.rows)
+            mask = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
+            start = lax.broadcast_in_dim(mask, (HEADS, KEYS), (1,))
         steps = []
         for number, (left, (ref, columns)) in enumerate(
             zip([*query, s.query_last], chunks, strict=True)
@@ -301,12 +309,12 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
             steps += [Until(int(TUNE["early"])), nearly]
         else:
             steps += [Until(0), nearly]
-        [scores] = multiply_add([mask], steps, plan.interpret)
+        [scores] = multiply_add([start], steps, plan.interpret)
         return scores
 
-    def tile(query, j, carry, *, last):
+    def tile(query, j, carry, *, masked=True, last=False):
         top, total, place, previous, index_slot, phases = carry
-        scores = score(query, j, place, previous, index_slot, *phases)
+        scores = score(query, j, place, previous, index_slot, *phases, masked)
         phases = Landing.next(place.slot, phases[0]), Landing.next(place.tail, phases[1])
         new_top = jnp.maximum(top, scores.max(axis=1))
         factor = jnp.exp2((top - new_top) * plan.scale)
@@ -322,7 +330,7 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
         plgpu.barrier_arrive(s.weighed.at[place.slot])
         if last:
             plgpu.barrier_arrive(s.scored.at[place.slot])
-        return new_top, total, place.next(), place.slot, _next(index_slot, INDEX_SLOTS), phases
+        return new_top, total, place.next(plan), place.slot, _next(index_slot, INDEX_SLOTS), phases
 
     def work_item(work, carry):
         place, index_slot, phases = carry
@@ -330,9 +338,11 @@ def _scores(plan: _Plan, tiles, lse, s: _Shared):
         query = load_query(place)
         top = plgpu.layout_cast(jnp.full((HEADS,), _LOWEST, jnp.float32), row)
         total = plgpu.layout_cast(jnp.zeros((HEADS,), jnp.float32), row)
-        carry = top, total, place.next(), place.slot, index_slot, phases
-        body = functools.partial(tile, query, last=False)
-        carry = lax.fori_loop(0, count - 1, body, carry)
+        carry = top, total, place.next(plan), place.slot, index_slot, phases
+        whole = jnp.minimum(full[plan.query(work)], count - 1)
+        body = functools.partial(tile, query, masked=False)
+        carry = lax.fori_loop(0, whole, body, carry)
+        carry = lax.fori_loop(whole, count - 1, functools.partial(tile, query), carry)
         top, total, place, _, index_slot, phases = tile(query, count - 1, carry, last=True)
         value = jnp.where(total > 0, (top * plan.scale + jnp.log2(total)) / _LOG2E, -jnp.inf)
         lse.at[plan.query(work), plan.heads(work)][...] = value
@@ -394,14 +404,14 @@ def _values(plan: _Plan, side: int, q, kv, indices, tiles, out, s: _Shared):
             accs, place, ahead, late = carry
             accs = weigh(accs, place, late, ahead[1])
             warpgroup_barrier(plan.interpret)
-            return accs, place.next(), *refill(place, ahead)
+            return accs, place.next(plan), *refill(place, ahead)
 
         accs = [
             plgpu.layout_cast(jnp.zeros((HEADS, part.size), jnp.float32), plgpu.Layout.WGMMA)
             for part in parts
         ]
         count = tiles[plan.query(work)]
-        carry = accs, place.next(), ahead, late
+        carry = accs, place.next(plan), ahead, late
         accs, place, ahead, late = lax.fori_loop(0, count - 1, body, carry)
         accs = weigh(accs, place, late, None)
         warpgroup_barrier(plan.interpret)
@@ -413,7 +423,7 @@ def _values(plan: _Plan, side: int, q, kv, indices, tiles, out, s: _Shared):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
         loader.load(ahead[1], place, 0)
-        return place.next(), *refill(place, ahead)
+        return place.next(plan), *refill(place, ahead)
 
     plgpu.barrier_wait(s.started)
     place = start = _Place(jnp.int32(0), jnp.int32(0))
@@ -421,18 +431,18 @@ def _values(plan: _Plan, side: int, q, kv, indices, tiles, out, s: _Shared):
     for number in range(SLOTS):
         for part in range(3):
             loader.load(entry, place, part)
-        if number < TAILS:  # `load_tail` counts from the entry two before
+        if number < plan.tails:  # `load_tail` counts from the entry two before
             before = lax.rem(place.slot + 1, jnp.int32(SLOTS))
             loader.load_tail(entry, _Place(before, place.tail))
-        previous, entry, place = entry, loader.following(entry), place.next()
+        previous, entry, place = entry, loader.following(entry), place.next(plan)
     # Nothing is late yet: an entry past the end.
     nothing = entry._replace(work=jnp.int32(plan.work))
     _for_each_work(plan, work_item, (start, (previous, entry), (nothing, start)))
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(q, kv, indices, tiles, out, lse, *scratch, plan: _Plan):
-    rings = [SLOTS] * 4 + [TAILS]
+def _kernel(q, kv, indices, tiles, full, out, lse, *scratch, plan: _Plan):
+    rings = [SLOTS] * 4 + [plan.tails]
     words = scratch[14:] if plan.interpret else [scratch[6]] * len(rings)
     *landings, tail_landing = (
         Landing(ref, 4 * SLOTS * HEADS + 32 * i, slots, plan.interpret)
@@ -444,7 +454,7 @@ def _kernel(q, kv, indices, tiles, out, lse, *scratch, plan: _Plan):
     @pl.when(role == SCORES)
     def _():
         plgpu.set_max_registers(_REGISTERS[SCORES], action="increase")
-        _scores(plan, tiles, lse, s)
+        _scores(plan, tiles, full, lse, s)
 
     for side in (LEFT, RIGHT):
 
@@ -461,7 +471,7 @@ def _scratch(plan: _Plan):
     return [
         tile(SLOTS, plan.half),
         tile(SLOTS, plan.half),
-        tile(TAILS, KEYS),
+        tile(plan.tails, KEYS),
         plgpu.SMEM((HEADS, CHUNK), jnp.bfloat16, transforms=TILE),
         plgpu.SMEM((HEADS, CHUNK), jnp.bfloat16, transforms=TILE),
         plgpu.SMEM((INDEX_SLOTS, KEYS), jnp.int32),
@@ -471,9 +481,9 @@ def _scratch(plan: _Plan):
         plgpu.Barrier(num_barriers=INDEX_SLOTS),
         plgpu.Barrier(num_barriers=SLOTS),
         plgpu.Barrier(num_barriers=SLOTS),
-        plgpu.Barrier(num_barriers=TAILS),
+        plgpu.Barrier(num_barriers=plan.tails),
         plgpu.Barrier(),
-        *[plgpu.Barrier(num_barriers=n) for n in [SLOTS] * 4 + [TAILS] if plan.interpret],
+        *[plgpu.Barrier(num_barriers=n) for n in [SLOTS] * 4 + [plan.tails] if plan.interpret],
     ]
 
 
@@ -520,14 +530,19 @@ def forward(q, kv, indices, *, value_width: int, scale: float, sms: int = 132, i
         q.reshape(total, groups * HEADS, width),
         kv.reshape(-1, width),
         indices.reshape(total, -1),
-        _tiles(indices, kv.shape[1]).reshape(total),
+        *(x.reshape(total) for x in _tiles(indices, kv.shape[1])),
     )
     out = out.reshape(batch, queries, -1, value_width)[:, :, :heads]
     return out, lse.reshape(batch, queries, -1)[:, :, :heads]
 
 
 def _tiles(indices, rows):
-    """How many tiles of a query reach its last key: at least one, so that every query is served."""
+    """Tiles of each query up to its last key, and those that come before any hole.
+
+    At least one up to the last key: so every query is served, if only with zeros.
+    """
     exists = (indices >= 0) & (indices < rows)
-    last = jnp.max(jnp.where(exists, jnp.arange(1, indices.shape[-1] + 1, dtype=jnp.int32), 0), -1)
-    return jnp.maximum(pl.cdiv(last, KEYS), 1)
+    number = jnp.arange(indices.shape[-1], dtype=jnp.int32)
+    last = jnp.max(jnp.where(exists, number + 1, 0), axis=-1)
+    hole = jnp.min(jnp.where(exists, indices.shape[-1], number), axis=-1)
+    return jnp.maximum(pl.cdiv(last, KEYS), 1), hole // KEYS

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from dsa_jax.cache import LayerCache
@@ -38,7 +40,7 @@ class BlockOutput(NamedTuple):
     probe: Any
 
 
-def residual_dtype(config: ModelConfig, dtype: jnp.dtype | type) -> jnp.dtype:
+def residual_dtype(config: ModelConfig, dtype: DTypeLike) -> jnp.dtype:
     """In what the sum of residual and update goes from one norm to the next.
 
     DeepSeek's fused add-norm adds in fp32, normalises that sum un-rounded, and only then rounds it
@@ -56,8 +58,8 @@ class Block(nnx.Module):
         kind: LayerKind,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype | type,
-        param_dtype: jnp.dtype | type,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
     ):
         def norm() -> RMSNorm:
             return RMSNorm(
@@ -102,5 +104,8 @@ class Block(nnx.Module):
         )
 
     def _add(self, h: Array, update: Array) -> Array:
-        residual = h.astype(self.dtype)  # what DeepSeek stores; the norm has read h itself
-        return (residual.astype(jnp.float32) + update.astype(jnp.float32)).astype(h.dtype)
+        # The rounded sum is the residual, as DeepSeek stores it; the norm has read h itself. Not a
+        # pair of casts: XLA may drop those for the sake of "excess precision".
+        bits = jnp.finfo(self.dtype)
+        residual = jax.lax.reduce_precision(h.astype(jnp.float32), bits.nexp, bits.nmant)
+        return (residual + update.astype(jnp.float32)).astype(h.dtype)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from dsa_jax.config import ModelConfig
@@ -50,7 +51,7 @@ class Cache(NamedTuple):
 
 
 def init_cache(
-    config: ModelConfig, batch: int, max_length: int, dtype: jnp.dtype | type = jnp.bfloat16
+    config: ModelConfig, batch: int, max_length: int, dtype: DTypeLike = jnp.bfloat16
 ) -> Cache:
     """An empty cache.
 
@@ -104,7 +105,7 @@ def check_room(cache: Cache, batch: int, queries: int) -> None:
             "make one with init_cache(config, batch, max_length)"
         )
     room = cache.max_length
-    if not isinstance(cache.lengths, jax.core.Tracer):
+    if not isinstance(cache.lengths, Tracer):
         room -= int(cache.lengths.max())
     if queries > room:
         raise ValueError(

@@ -17,6 +17,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.layer_tree import (
@@ -116,12 +118,11 @@ class CheckpointWriter:
         try:
             if kind is None:
                 self._finish()
+                return
         except Exception as failure:
+            _remove(self._folder)
             raise self._failed(failure) from failure
-        finally:
-            # Gone already if all went well: it was renamed.
-            if jax.process_index() == 0:
-                shutil.rmtree(self._folder, ignore_errors=True)
+        _remove(self._folder)
 
     def _finish(self) -> None:
         with _orbax():
@@ -235,8 +236,8 @@ def load(
     mesh: Mesh | None = None,
     *,
     rules: Rules | None = None,
-    dtype: jnp.dtype | type = jnp.bfloat16,
-    param_dtype: jnp.dtype | type | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    param_dtype: DTypeLike | None = None,
 ) -> Transformer:
     """Reads a model, onto any mesh, whatever mesh wrote it.
 
@@ -283,8 +284,8 @@ def abstract_model(
     mesh: Mesh | None = None,
     *,
     rules: Rules | None = None,
-    dtype: jnp.dtype | type = jnp.bfloat16,
-    param_dtype: jnp.dtype | type = jnp.float32,
+    dtype: DTypeLike = jnp.bfloat16,
+    param_dtype: DTypeLike = jnp.float32,
 ) -> Transformer:
     """A model of shapes: `jax.ShapeDtypeStruct` leaves that carry the sharding they shall get."""
     like = jax.eval_shape(
@@ -392,6 +393,22 @@ def _local(path: str | Path) -> Path:
             "mount the bucket or copy from a local path"
         )
     return Path(path).absolute()
+
+
+def _remove(folder: Path) -> None:
+    """Removes what a failed save has written.
+
+    When one of Orbax's writes fails, others may still be under way, and make the folder anew.
+    """
+    if jax.process_index() != 0:
+        return
+    quiet = 0
+    for _ in range(100):
+        quiet = 0 if folder.exists() else quiet + 1
+        if quiet == 5:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
 
 
 def _sync_folder(path: Path) -> None:

@@ -89,6 +89,11 @@ class Fp8Weights:
             )
         _one_of(self, "scale_format", ("ue8m0", "float"))
 
+    @property
+    def tile(self) -> tuple[int, int]:
+        """The block of an `[in, out]` weight; the checkpoint's are `[out, in]`."""
+        return self.weight_block_size[1], self.weight_block_size[0]
+
 
 @dataclass(frozen=True)
 class Numerics:

@@ -63,16 +63,16 @@ def _tiled(x: Array, w: Array, group_sizes: Array, tile: int, tiles: int) -> Arr
     """Pads every group to whole tiles of rows and multiplies tile by tile."""
     rows, groups = x.shape[0], w.shape[0]
     tiles_of = -(-group_sizes // tile)
-    last_tile = jnp.cumsum(tiles_of)
-    group = jnp.repeat(jnp.arange(groups), group_sizes, total_repeat_length=rows)
-    row_in_group = jnp.arange(rows) - (jnp.cumsum(group_sizes) - group_sizes)[group]
-    slot = (last_tile - tiles_of)[group] * tile + row_in_group
+    upto = jnp.tri(groups, dtype=group_sizes.dtype)  # sums of the groups so far, by a product
+    end, tile_end = upto @ group_sizes, upto @ tiles_of
+    group = (jnp.arange(rows)[:, None] >= end).sum(1)
+    owner = (jnp.arange(tiles)[:, None] >= tile_end).sum(1)
+    slot = jnp.arange(rows) + ((tile_end - tiles_of) * tile - (end - group_sizes))[group]
     padded = jnp.zeros((tiles * tile, x.shape[1]), x.dtype).at[slot].set(x, unique_indices=True)
-    owner = jnp.searchsorted(last_tile, jnp.arange(tiles), side="right")
     out = jnp.einsum(
         "tmK,tKN->tmN",
         padded.reshape(tiles, tile, -1),
-        w[jnp.minimum(owner, groups - 1)],
+        w[jnp.minimum(owner, groups - 1)],  # the last tiles may be nobody's
         preferred_element_type=jnp.float32,
     )
     return out.reshape(tiles * tile, -1)[slot].astype(x.dtype)

@@ -115,7 +115,8 @@ def read(source: str | Path | Mapping[str, Any]) -> ModelConfig:
             "they decide shapes and have no safe default"
         )
     taken = {key: hf.pop(key) for key in required}
-    taken |= {key: hf.pop(key) for key in _OPTIONAL if key in hf}
+    # An indexer that the model type does not have is for `ModelConfig` to refuse, not for `extra`.
+    taken |= {key: hf.pop(key) for key in (*_OPTIONAL, *_INDEXER) if key in hf}
     if has_indexer:
         taken |= _schedule(hf)
         interleave = model_type == "glm_moe_dsa"
@@ -248,7 +249,7 @@ def _quantization(q: Mapping[str, Any] | None) -> Fp8Weights | None:
                 "Convert the weights to bf16 first and remove quantization_config"
             )
     scale_format = "ue8m0" if q.get("scale_fmt") == "ue8m0" else "float"
-    block = tuple(q.get("weight_block_size") or (128, 128))
+    block: Any = tuple(q.get("weight_block_size") or (128, 128))
     return Fp8Weights(block, scale_format)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from dsa_jax.config import ModelConfig, Numerics
@@ -50,14 +51,16 @@ class Indexer(nnx.Module):
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype | type,
-        param_dtype: jnp.dtype | type,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
     ):
         I, H, D = config.index_n_heads, config.index_head_dim, config.hidden_size
         assert I is not None
         assert H is not None
+        self.heads, self.width, self.rope_width = I, H, config.qk_rope_head_dim
+        self.interleaved = config.indexer_rope_interleave
 
-        def linear(in_width: int, out_width: int, std: float, weights: jnp.dtype | type) -> Linear:
+        def linear(in_width: int, out_width: int, std: float, weights: DTypeLike) -> Linear:
             return Linear(
                 in_width,
                 out_width,
@@ -72,7 +75,6 @@ class Indexer(nnx.Module):
         self.wk = linear(D, H, _PROJECTION_STD, param_dtype)
         self.k_norm = LayerNorm(H, eps=config.index_norm_eps, dtype=dtype)
         self.weights_proj = linear(D, I, _HEAD_WEIGHT_STD, float_param_dtype(param_dtype))
-        self.config = config
 
     def __call__(
         self, x: Float[Array, "B T D"], q_latent: Float[Array, "B T Q"], turn: Rotation
@@ -84,9 +86,8 @@ class Indexer(nnx.Module):
             q_latent: the attention's query latent, after its norm.
             turn: the rotation of the tokens' positions: the attention's own angles.
         """
-        c = self.config
         q = self.wq_b(q_latent)
-        q = q.reshape(*q.shape[:-1], c.index_n_heads, c.index_head_dim)
+        q = q.reshape(*q.shape[:-1], self.heads, self.width)
         k = self.k_norm(self.wk(x))
         # fp32 on both sides: rounding the head weights to bf16 flips near-ties of the selection.
         w = jnp.matmul(
@@ -95,14 +96,13 @@ class Indexer(nnx.Module):
             precision=jax.lax.Precision.HIGHEST,
         )
         # No mscale^2 here, unlike the attention's scale.
-        w = w * (c.index_n_heads**-0.5 * c.index_head_dim**-0.5)
+        w = w * (self.heads**-0.5 * self.width**-0.5)
         return IndexerHeads(self._rotate(q, turn), self._rotate(k, turn), w, None)
 
     def _rotate(self, x: Array, turn: Rotation) -> Array:
         """Turns the *first* R columns; in the attention it is the last."""
-        R = self.config.qk_rope_head_dim
-        rope, nope = x[..., :R], x[..., R:]
-        rope = rotate(rope, turn, interleaved=self.config.indexer_rope_interleave)
+        rope, nope = x[..., : self.rope_width], x[..., self.rope_width :]
+        rope = rotate(rope, turn, interleaved=self.interleaved)
         return jnp.concatenate([rope, nope], axis=-1)
 
 

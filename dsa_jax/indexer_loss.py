@@ -81,9 +81,9 @@ def dense_loss(
     """
 
     def loss(indexer: Indexer, inputs: Any) -> Array:
-        tokens, target, ranges = inputs
-        q, k, w, _ = for_loss(indexer(*tokens), numerics)
-        return mean_over_rows(indexer_kl_dense(q, k, w, *target, ranges, scale=scale), ranges)
+        tokens, (q, k, lse), ranges = inputs
+        iq, ik, iw, _ = for_loss(indexer(*tokens), numerics)
+        return mean_over_rows(indexer_kl_dense(iq, ik, iw, q, k, lse, ranges, scale=scale), ranges)
 
     return leaf_loss(loss, indexer, (tokens, target, ranges))
 
@@ -110,9 +110,9 @@ def sparse_loss(
     """
 
     def loss(indexer: Indexer, inputs: Any) -> Array:
-        tokens, target, ranges, selection = inputs
-        q, k, w, _ = for_loss(indexer(*tokens), numerics)
-        kl = indexer_kl_sparse(q, k, w, *target, selection, scale=scale)
+        tokens, (q, kv, lse), ranges, selection = inputs
+        iq, ik, iw, _ = for_loss(indexer(*tokens), numerics)
+        kl = indexer_kl_sparse(iq, ik, iw, q, kv, lse, selection, scale=scale)
         return mean_over_rows(kl, ranges)
 
     return leaf_loss(loss, indexer, (tokens, target, ranges, selection))

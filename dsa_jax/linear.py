@@ -8,13 +8,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from dsa_jax.config import Fp8Weights
 from dsa_jax.quantization import E4M3, act_dequant, act_quant, weight_dequant, weight_quant
 
 
-def float_param_dtype(param_dtype: jnp.dtype | type) -> jnp.dtype:
+def float_param_dtype(param_dtype: DTypeLike) -> jnp.dtype:
     """The dtype of what FP8 checkpoints keep in float: bf16 there, else `param_dtype`."""
     return jnp.dtype(jnp.bfloat16 if jnp.dtype(param_dtype) == E4M3 else param_dtype)
 
@@ -30,10 +31,9 @@ def fp8_matmul(
     x is quantised per token in blocks as deep as the weight's; products are summed in fp32. The
     values are those of a block-scaled GEMM up to the order of the sum.
     """
-    out_block, in_block = fp8.weight_block_size
-    q, s = act_quant(x, in_block, fp8.scale_format)
+    q, s = act_quant(x, fp8.tile[0], fp8.scale_format)
     wide = act_dequant(q, s, jnp.float32)
-    w = weight_dequant(weight, scale, (in_block, out_block), jnp.float32)
+    w = weight_dequant(weight, scale, fp8.tile, jnp.float32)
     return jnp.matmul(wide, w, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
 
 
@@ -47,15 +47,15 @@ class Linear(nnx.Module):
         *,
         rngs: nnx.Rngs,
         std: float,
-        dtype: jnp.dtype | type,
-        param_dtype: jnp.dtype | type,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
         fp8: Fp8Weights | None = None,
     ):
         weight = std * jax.random.normal(rngs.params(), (in_width, out_width), jnp.float32)
         self.dtype = jnp.dtype(dtype)
         self.fp8 = None
         if jnp.dtype(param_dtype) == E4M3 and fp8 is not None:
-            q, scale = weight_quant(weight, fp8.weight_block_size[::-1], fp8.scale_format)
+            q, scale = weight_quant(weight, fp8.tile, fp8.scale_format)
             self.fp8 = fp8
             self.weight = nnx.Param(q)
             self.scale = nnx.Param(scale)
@@ -71,6 +71,5 @@ class Linear(nnx.Module):
     def dequantized(self) -> Float[Array, "in out"]:
         """The weight in the compute dtype, for uses other than `x @ weight`."""
         if self.fp8 is not None:
-            block = self.fp8.weight_block_size[::-1]
-            return weight_dequant(self.weight[...], self.scale[...], block, self.dtype)
+            return weight_dequant(self.weight[...], self.scale[...], self.fp8.tile, self.dtype)
         return self.weight[...].astype(self.dtype)

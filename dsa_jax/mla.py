@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsa_jax.cache import LayerCache, append
@@ -171,8 +172,8 @@ class MLA(nnx.Module):
         has_indexer: bool,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype | type,
-        param_dtype: jnp.dtype | type,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
     ):
         N, D, C = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
 
@@ -226,14 +227,14 @@ class MLA(nnx.Module):
             shared: the selection of the full layer before, which a layer without an indexer reuses.
         """
         c = self.config
-        C, P = c.kv_lora_rank, c.qk_nope_head_dim
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
         q = self._queries(q_latent, rows.turn)
         kv = self._latent_keys(x, rows.turn)
         tokens = jax.lax.stop_gradient((x, q_latent, rows.turn))
         index = None
         if self.indexer is not None and (mode.select or cache is not None):
-            index = for_selection(self.indexer(*tokens), c.numerics)
+            # No gradient goes through a selection, so none is prepared.
+            index = for_selection(jax.lax.stop_gradient(self.indexer)(*tokens), c.numerics)
         if cache is not None:
             cache = _extend(cache, kv, index, rows)
             kv = cache.kv
@@ -243,28 +244,18 @@ class MLA(nnx.Module):
         w_uk, w_uv = self._up_projections()
         q_abs = absorb_query(q, w_uk)  # dead code, and so free, where nothing below reads it
         state = _state(layer, q_abs, kv, c.softmax_scale, index, rows.ranges)
-        selection = self._select(state, mode, shared) if mode.select else None
-
-        k = None
+        selection = self._select(state, index, mode, shared) if mode.select else None
         if mode.attention == "sparse":
             assert selection is not None
             latent, lse = sparse_attention(
-                q_abs, kv, selection, value_width=C, scale=c.softmax_scale
+                q_abs, kv, selection, value_width=c.kv_lora_rank, scale=c.softmax_scale
             )
-            out = jnp.einsum("BTNC,CNV->BTNV", latent, w_uv)
+            out, k = jnp.einsum("BTNC,CNV->BTNV", latent, w_uv), None
         else:
-            expanded = self.kv_b_proj(kv[..., :C])
-            expanded = expanded.reshape(*kv.shape[:2], c.num_attention_heads, -1)
-            k, v = expand_keys(expanded, kv[..., C:], P)
-            if mode.attention == "dense":
-                out, lse = dense_attention(q, k, v, rows.ranges, scale=c.softmax_scale)
-            else:
-                assert selection is not None
-                out, lse = masked_attention(q, k, v, selection, scale=c.softmax_scale)
+            out, lse, k = self._attend_expanded(q, kv, rows.ranges, mode, selection)
 
         kl = None
         if mode.indexer_loss == "dense":
-            assert k is not None
             kl = self._loss(dense_loss, tokens, (q, k, lse), rows.ranges)
         elif mode.indexer_loss == "sparse":
             kl = self._loss(sparse_loss, tokens, (q_abs, kv, lse), rows.ranges, selection)
@@ -273,6 +264,19 @@ class MLA(nnx.Module):
             probe = mode.probe(state._replace(selection=selection))
         out = self.o_proj(out.reshape(*out.shape[:2], -1))
         return AttentionOutput(out, cache, selection, kl, probe)
+
+    def _attend_expanded(
+        self, q: Array, kv: Array, ranges: KeyRange, mode: Mode, selection: Selection | None
+    ) -> tuple[Float[Array, "B T N V"], Float32[Array, "B T N"], Float[Array, "B S N P+R"]]:
+        """The MHA modes: output, lse, and the keys, which the warm-up loss reads again."""
+        c = self.config
+        latent, rope = kv[..., : c.kv_lora_rank], kv[..., c.kv_lora_rank :]
+        expanded = self.kv_b_proj(latent).reshape(*kv.shape[:2], c.num_attention_heads, -1)
+        k, v = expand_keys(expanded, rope, c.qk_nope_head_dim)
+        if mode.attention == "dense":
+            return *dense_attention(q, k, v, ranges, scale=c.softmax_scale), k
+        assert selection is not None
+        return *masked_attention(q, k, v, selection, scale=c.softmax_scale), k
 
     def _queries(self, q_latent: Array, turn: Rotation) -> Float[Array, "B T N P+R"]:
         c = self.config
@@ -298,20 +302,23 @@ class MLA(nnx.Module):
         w = self.kv_b_proj.dequantized().reshape(c.kv_lora_rank, c.num_attention_heads, -1)
         return w[..., : c.qk_nope_head_dim], w[..., c.qk_nope_head_dim :]
 
-    def _select(self, state: AttentionState, mode: Mode, shared: Selection | None) -> Selection:
+    def _select(
+        self,
+        state: AttentionState,
+        index: IndexerHeads | None,
+        mode: Mode,
+        shared: Selection | None,
+    ) -> Selection:
         if shared is not None and self.indexer is None:
             return shared
         if mode.selector is not None:
             selection = mode.selector(state)
         else:
-            selection = lightning_indexer(
-                state.index_q,
-                state.index_k,
-                state.index_w,
-                state.ranges,
-                topk=self.config.index_topk,
-                k_scale=state.index_k_scale,
-            )
+            topk = self.config.index_topk
+            assert index is not None
+            assert topk is not None
+            q, k, w, k_scale = index
+            selection = lightning_indexer(q, k, w, state.ranges, topk=topk, k_scale=k_scale)
         indices = jax.lax.stop_gradient(selection.indices)
         return Selection(checkpoint_name(indices, SELECTION_NAME))
 
@@ -324,11 +331,12 @@ class MLA(nnx.Module):
 
 
 def _extend(cache: LayerCache, kv: Array, index: IndexerHeads | None, rows: Rows) -> LayerCache:
-    assert rows.lengths is not None
+    lengths, valid = rows.lengths, rows.valid
+    assert lengths is not None
     new = LayerCache(kv, None, None)
     if index is not None:
         new = LayerCache(kv, index.k, index.k_scale)
-    return jax.tree.map(lambda past, now: append(past, now, rows.lengths, rows.valid), cache, new)
+    return jax.tree.map(lambda past, now: append(past, now, lengths, valid), cache, new)
 
 
 def _state(
@@ -340,6 +348,16 @@ def _state(
     ranges: KeyRange,
 ) -> AttentionState:
     """Detached: selectors and probes look, they do not teach."""
-    heads = (None, None, None, None) if index is None else tuple(index)
-    q, kv, heads = jax.lax.stop_gradient((q, kv, heads))
-    return AttentionState(layer, q, kv, scale, *heads, ranges, None)
+    q, kv, index = jax.lax.stop_gradient((q, kv, index))
+    return AttentionState(
+        layer=layer,
+        q=q,
+        kv=kv,
+        scale=scale,
+        index_q=None if index is None else index.q,
+        index_k=None if index is None else index.k,
+        index_w=None if index is None else index.w,
+        index_k_scale=None if index is None else index.k_scale,
+        ranges=ranges,
+        selection=None,
+    )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsa_jax.config import ModelConfig
@@ -70,8 +71,8 @@ class SwiGLU(nnx.Module):
         width: int,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype | type,
-        param_dtype: jnp.dtype | type,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
     ):
         def linear(in_width: int, out_width: int) -> Linear:
             return Linear(
@@ -100,7 +101,7 @@ class Router(nnx.Module):
     reaches it: the balance rule of training moves it, and optimisers are to leave it out.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype | type):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         shape = (config.hidden_size, config.n_routed_experts)
         weight = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.weight = nnx.Param(weight.astype(float_param_dtype(param_dtype)))
@@ -125,8 +126,8 @@ class Experts(nnx.Module):
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype | type,
-        param_dtype: jnp.dtype | type,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
     ):
         E, D, F = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.dtype = jnp.dtype(dtype)
@@ -137,17 +138,16 @@ class Experts(nnx.Module):
             if self.fp8 is None:
                 setattr(self, name, nnx.Param(w.astype(float_param_dtype(param_dtype))))
                 continue
-            q, scale = weight_quant(w, self.fp8.weight_block_size[::-1], self.fp8.scale_format)
+            q, scale = weight_quant(w, self.fp8.tile, self.fp8.scale_format)
             setattr(self, name, nnx.Param(q))
             setattr(self, f"{name}_scale", nnx.Param(scale))
 
     def _matmul(self, name: str, x: Array, group_sizes: Array) -> Array:
         w = getattr(self, name)[...]
         if self.fp8 is not None:
-            out_block, in_block = self.fp8.weight_block_size
-            x = round_trip(x, in_block, self.fp8.scale_format)
+            x = round_trip(x, self.fp8.tile[0], self.fp8.scale_format)
             scale = getattr(self, f"{name}_scale")[...]
-            w = weight_dequant(w, scale, (in_block, out_block), self.dtype)
+            w = weight_dequant(w, scale, self.fp8.tile, self.dtype)
         return grouped_matmul(x, w.astype(self.dtype), group_sizes)
 
     def __call__(
@@ -183,8 +183,8 @@ class MoE(nnx.Module):
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype | type,
-        param_dtype: jnp.dtype | type,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
     ):
         self.config = config
         self.gate = Router(config, rngs=rngs, param_dtype=param_dtype)

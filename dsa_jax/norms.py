@@ -8,11 +8,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
 def rms_norm(
-    x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float, dtype: jnp.dtype | type
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float, dtype: DTypeLike
 ) -> Float[Array, "*B D"]:
     """`x / sqrt(mean(x^2) + eps) * weight`.
 
@@ -32,7 +33,7 @@ def layer_norm(
     weight: Float[Array, " D"],
     bias: Float[Array, " D"],
     eps: float,
-    dtype: jnp.dtype | type,
+    dtype: DTypeLike,
 ) -> Float[Array, "*B D"]:
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`."""
     x = x.astype(jnp.float32)
@@ -49,8 +50,8 @@ class RMSNorm(nnx.Module):
         width: int,
         *,
         eps: float,
-        dtype: jnp.dtype | type,
-        param_dtype: jnp.dtype | type,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
     ):
         self.weight = nnx.Param(jnp.ones((width,), param_dtype))
         self.eps = eps
@@ -64,7 +65,7 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """`layer_norm` with its weight and bias, which stay fp32: the indexer's key norm."""
 
-    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype | type):
+    def __init__(self, width: int, *, eps: float, dtype: DTypeLike):
         self.weight = nnx.Param(jnp.ones((width,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
         self.eps = eps

@@ -6,11 +6,10 @@ becomes NaN on some back ends and 448 on others, so every cast here clamps first
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from dsa_jax.config import ScaleFormat
@@ -56,18 +55,18 @@ def act_quant(
     if scale_format == "ue8m0":
         scale = power_of_two_above(scale)
     q = jnp.clip(wide / scale[..., None], -E4M3_MAX, E4M3_MAX).astype(E4M3)
-    return q.reshape(x.shape), scale
+    # Where the next thing is a cast back, XLA may drop both ("excess precision"), and the rounding.
+    return jax.lax.optimization_barrier(q.reshape(x.shape)), scale
 
 
 def act_dequant(
-    q: Float[Array, "*B D"], scale: Float32[Array, "*B D/block"], dtype: jnp.dtype | type
+    q: Float[Array, "*B D"], scale: Float32[Array, "*B D/block"], dtype: DTypeLike
 ) -> Float[Array, "*B D"]:
     """`q * s`, the inverse of `act_quant` up to its rounding."""
     blocks = q.astype(jnp.float32).reshape(*scale.shape, -1)
     return (blocks * scale[..., None]).reshape(q.shape).astype(dtype)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def round_trip(
     x: Float[Array, "*B D"], block: int = 128, scale_format: ScaleFormat = "ue8m0"
 ) -> Float[Array, "*B D"]:
@@ -75,13 +74,14 @@ def round_trip(
 
     (The derivative of rounding is zero almost everywhere, which would teach nothing.)
     """
-    q, scale = act_quant(x, block, scale_format)
-    return act_dequant(q, scale, x.dtype)
 
+    @jax.custom_jvp
+    def rounded(x: Array) -> Array:
+        q, scale = act_quant(x, block, scale_format)
+        return act_dequant(q, scale, x.dtype)
 
-@round_trip.defjvp
-def _round_trip_jvp(block, scale_format, primals, tangents):
-    return round_trip(primals[0], block, scale_format), tangents[0]
+    rounded.defjvp(lambda primals, tangents: (rounded(*primals), *tangents))
+    return jnp.asarray(rounded(x))
 
 
 def weight_quant(
@@ -109,7 +109,7 @@ def weight_dequant(
     q: Float[Array, "*E in out"],
     scale: Float32[Array, "*E in/block out/block"],
     block: tuple[int, int],
-    dtype: jnp.dtype | type,
+    dtype: DTypeLike,
 ) -> Float[Array, "*E in out"]:
     """`q * s`; the published checkpoints call the factor `weight_scale_inv`, but it multiplies."""
     return (q.astype(jnp.float32) * _spread(scale, block, q.shape)).astype(dtype)

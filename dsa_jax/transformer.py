@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from dsa_jax.block import Block, residual_dtype
@@ -73,9 +74,7 @@ class TransformerOutput(NamedTuple):
 class Embedding(nnx.Module):
     """A table of rows, or of columns: the token embedding and the head."""
 
-    def __init__(
-        self, shape: tuple[int, int], *, key: Array, std: float, param_dtype: jnp.dtype | type
-    ):
+    def __init__(self, shape: tuple[int, int], *, key: Array, std: float, param_dtype: DTypeLike):
         weight = std * jax.random.normal(key, shape, jnp.float32)
         self.weight = nnx.Param(weight.astype(float_param_dtype(param_dtype)))
 
@@ -89,8 +88,8 @@ class Stack(nnx.Module):
         plan: StackPlan,
         *,
         keys: Array,
-        dtype: jnp.dtype | type,
-        param_dtype: jnp.dtype | type,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
     ):
         def make(unit: int) -> Block:
             def one(key: Array) -> Block:
@@ -125,8 +124,8 @@ class Transformer(nnx.Module):
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype | type = jnp.bfloat16,
-        param_dtype: jnp.dtype | type = jnp.float32,
+        dtype: DTypeLike = jnp.bfloat16,
+        param_dtype: DTypeLike = jnp.float32,
         scan: bool = True,
         remat: str = "none",
     ):

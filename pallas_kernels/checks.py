@@ -22,8 +22,7 @@ def shapes(op: str, arrays: Mapping[str, tuple[Any, str]]) -> dict[str, int]:
 
     Args:
         op: the op's name.
-        arrays: argument name -> the array and its axes, such as `"B T N C+R"`. An axis that is a
-            number must have that length.
+        arrays: argument name -> the array and its axes, such as `"B T N C+R"`.
 
     Returns:
         The length of each letter.
@@ -61,6 +60,8 @@ def dtype(op: str, allowed: tuple, **arrays: jax.Array) -> None:
     names = [jnp.dtype(a).name for a in allowed]
     (first, reference), *_ = arrays.items()
     for name, array in arrays.items():
+        if not hasattr(array, "dtype"):
+            raise TypeError(f"{op}: {name} is {array!r}, not an array; pass an array")
         if array.dtype not in [jnp.dtype(a) for a in allowed]:
             raise TypeError(
                 f"{op}: {name} is {array.dtype}; it must be {' or '.join(names)}. "
@@ -96,8 +97,10 @@ def selection(op: str, value: Selection) -> None:
 def positive_int(op: str, name: str, value: Any, at_most: int | None = None) -> int:
     """Checks a static integer argument and returns it as an int."""
     try:
+        if isinstance(value, bool):
+            raise TypeError("a bool is not a number")
         number = operator.index(value)
-    except Exception as error:
+    except Exception as error:  # a tracer raises an error of its own, others TypeError
         raise TypeError(
             f"{op}: {name}={value!r} must be a Python int known when the op is traced. If it comes "
             f"through jax.jit, name it in static_argnames."

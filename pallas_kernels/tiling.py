@@ -57,70 +57,135 @@ def plan(
     return Plan(rows, some_heads, max(1, min(fit, queries)))
 
 
-def over_batch(fn: Callable, block: int, *args: Any) -> Any:
-    """`fn(*args)`, for all batch rows together or one after another.
+class Block(NamedTuple):
+    """Which block is being computed.
 
-    Args:
-        fn: takes and returns pytrees of arrays whose leading axis is the batch.
-        block: rows at once: either all of them or 1.
-        *args: the pytrees.
+    Attributes:
+        row: first batch row of the block.
+        fresh: `[queries]`, which of its queries no earlier block had.
     """
-    if block == jax.tree.leaves(args)[0].shape[0]:
-        return fn(*args)
 
-    def row(args):
-        return jax.tree.map(lambda x: x[0], fn(*jax.tree.map(lambda x: x[None], args)))
-
-    return jax.lax.map(row, args)
+    row: jax.Array | int
+    fresh: jax.Array
 
 
-def over_axis(fn: Callable, inputs: Any, *, axis: int, block: int, carry: Any = ()) -> Any:
-    """Runs `fn` over blocks of an axis and puts its results together along that axis.
+def over_blocks(
+    fn: Callable,
+    plan: Plan,
+    keys: Any,
+    queries: Any,
+    *,
+    heads: int | None = None,
+    start: Callable = lambda keys: (),
+    finish: Callable = lambda sums: sums,
+) -> Any:
+    """Runs `fn` over blocks of rows, heads and queries and puts its results together.
 
-    The last block is shifted back to end with the axis, so it may overlap the one before: `fresh`
-    tells which of its entries no earlier block had. Outputs of the others are thrown away, and `fn`
-    must keep them out of the carry.
+    The last block of queries is shifted back to end with the axis, so it may overlap the one
+    before: what it computes for queries that are not `fresh` is thrown away, and `fn` must keep
+    them out of the sums.
 
     Args:
-        fn: `(carry, inputs, fresh bool[block]) -> (carry, outputs)` on one block.
-        inputs: pytree of arrays that all have the axis.
-        axis: which axis, in inputs and outputs.
-        block: entries at once, at most the length of the axis.
-        carry: pytree handed from block to block.
+        fn: `(sums, keys, queries, Block) -> (sums, outputs)` on one block.
+        plan: sizes of the blocks.
+        keys: pytree of arrays `[B, S, ...]`; `fn` gets the block's rows and heads.
+        queries: pytree of arrays `[B, T, ...]`; `fn` gets the block's rows, heads and queries.
+        heads: N, if heads are computed apart: then every array of three axes or more has them
+            third. None if heads stay together.
+        start: the sums before the first block of queries of some rows and heads, given their keys.
+        finish: what to keep of the sums after the last block of queries.
 
     Returns:
-        The last carry, and the outputs with the whole axis.
+        The finished sums `[B, S, ...]` and the outputs `[B, T, ...]`.
     """
-    leaves = jax.tree.leaves(inputs)
-    length = leaves[0].shape[axis]
-    if block >= length:
-        return fn(carry, inputs, jnp.ones(length, bool))
+    batch, length = jax.tree.leaves(queries)[0].shape[:2]
+    head_blocks = 1 if heads is None else heads // plan.heads
+    row_blocks, query_blocks = batch // plan.batch, -(-length // plan.queries)
+    if row_blocks == head_blocks == query_blocks == 1:
+        sums, outputs = fn(start(keys), keys, queries, Block(0, jnp.ones(length, bool)))
+        return finish(sums), outputs
 
-    def cut(start, x):
-        return jax.lax.dynamic_slice_in_dim(x, start, block, axis)
+    some_heads = None if heads is None else plan.heads
+    of_keys = (plan.batch, None, some_heads)
+    of_queries = (plan.batch, plan.queries, some_heads)
 
-    def run(index, carry):
-        start = jnp.minimum(index * block, length - block)
-        fresh = start + jnp.arange(block) >= index * block
-        return start, fresh, fn(carry, jax.tree.map(functools.partial(cut, start), inputs), fresh)
+    def query_block(row, head, own_keys, index, state):
+        sums, outputs = state
+        first = jnp.minimum(index * plan.queries, length - plan.queries)
+        fresh = first + jnp.arange(plan.queries) >= index * plan.queries
+        corner = (row, first, head)
+        part = jax.tree.map(lambda x: cut(x, corner, of_queries), queries)
+        sums, results = fn(sums, own_keys, part, Block(row, fresh))
 
-    def step(index, state):
-        carry, outputs = state
-        start, fresh, (carry, parts) = run(index, carry)
+        def put(whole, result):
+            keep = fresh.reshape(-1, *[1] * (result.ndim - 2))
+            return _put(whole, jnp.where(keep, result, cut(whole, corner, of_queries)), corner)
 
-        def put(whole, part):
-            keep = fresh.reshape(-1, *[1] * (part.ndim - axis - 1))
-            part = jnp.where(keep, part, cut(start, whole))
-            return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis)
+        return sums, jax.tree.map(put, outputs, results)
 
-        return carry, jax.tree.map(put, outputs, parts)
+    def outer_block(index, state):
+        all_sums, outputs = state
+        row, head = index // head_blocks * plan.batch, index % head_blocks * plan.heads
+        corner = (row, 0, head)
+        own_keys = jax.tree.map(lambda x: cut(x, corner, of_keys), keys)
+        step = functools.partial(query_block, row, head, own_keys)
+        sums = vary_like(start(own_keys), (keys, queries))
+        sums, outputs = _loop(query_blocks, step, (sums, outputs))
+        put = functools.partial(_put, corner=corner)
+        return jax.tree.map(put, all_sums, finish(sums)), outputs
 
-    def whole(part):
-        return jnp.zeros((*part.shape[:axis], length, *part.shape[axis + 1 :]), part.dtype)
+    def first_block():
+        own_keys = jax.tree.map(lambda x: cut(x, (0, 0, 0), of_keys), keys)
+        part = jax.tree.map(lambda x: cut(x, (0, 0, 0), of_queries), queries)
+        block = Block(0, jnp.ones(plan.queries, bool))
+        sums, outputs = fn(start(own_keys), own_keys, part, block)
+        return finish(sums), outputs
 
-    *_, (_, parts) = jax.eval_shape(run, 0, carry)
-    state = vary_like((carry, jax.tree.map(whole, parts)), leaves)
-    return jax.lax.fori_loop(0, -(-length // block), step, state)
+    def whole(part, length):
+        heads_axis = () if part.ndim < 3 else (part.shape[2] * head_blocks,)
+        return jnp.zeros((batch, length or part.shape[1], *heads_axis, *part.shape[3:]), part.dtype)
+
+    sums, outputs = jax.eval_shape(first_block)
+    sums = jax.tree.map(lambda x: whole(x, None), sums)
+    outputs = jax.tree.map(lambda x: whole(x, length), outputs)
+    state = vary_like((sums, outputs), (keys, queries))
+    return _loop(row_blocks * head_blocks, outer_block, state)
+
+
+def sum_over_heads(fn: Callable, block: int, total: jax.Array, inputs: Any) -> jax.Array:
+    """`total` plus `fn` of one block of heads after another.
+
+    Args:
+        fn: `(first head, inputs of the block) -> array like total`.
+        block: heads at once, a divisor of N.
+        total: where the sum starts.
+        inputs: pytree of arrays with heads on the third axis.
+    """
+    heads = jax.tree.leaves(inputs)[0].shape[2]
+
+    def step(index, total):
+        head = index * block
+        part = jax.tree.map(lambda x: cut(x, (0, 0, head), (None, None, block)), inputs)
+        return total + fn(head, part)
+
+    return _loop(heads // block, step, vary_like(total, inputs))
+
+
+def cut(x: jax.Array, corner: tuple, sizes: tuple) -> jax.Array:
+    """A block of an array: its first axes from `corner` on, None for the whole of an axis."""
+    known = [(c, n) if n else (0, full) for c, n, full in zip(corner, sizes, x.shape, strict=False)]
+    known += [(0, full) for full in x.shape[len(known) :]]
+    return jax.lax.dynamic_slice(x, *zip(*known, strict=True))
+
+
+def _put(whole: jax.Array, part: jax.Array, corner: tuple) -> jax.Array:
+    corner = (*corner, *[0] * whole.ndim)[: whole.ndim]
+    return jax.lax.dynamic_update_slice(whole, part, corner)
+
+
+def _loop(count: int, step: Callable, state: Any) -> Any:
+    """A loop, or no loop for a single step: XLA fuses more then."""
+    return step(0, state) if count == 1 else jax.lax.fori_loop(0, count, step, state)
 
 
 def vary_like(tree: Any, like: Any) -> Any:

@@ -28,16 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (given[0], given[1:]) if given else ("", [])
-    if command == "run":
-        return _run(rest)
-    if command == "demo":
-        from train import demo
-
-        return demo.main(rest)
-    if command == "evaluate":
-        from train import evaluate
-
-        return evaluate.main(rest)
+    if command in _COMMANDS:
+        try:
+            return _COMMANDS[command](rest)
+        except Exception as error:
+            if not _explained(error):
+                raise
+            console = Console(stderr=True)
+            console.print("error:", style="bold red", end=" ")
+            console.print(str(error), markup=False, highlight=False)
+            return 1
     asked = command in ("-h", "--help")
     if not asked and command:
         print(f"no command {command!r}\n", file=sys.stderr)
@@ -83,14 +83,7 @@ def _run(arguments: Sequence[str]) -> int:
     from train.loop import train
 
     console = Console(stderr=True)
-    try:
-        result = train(parse(arguments), console=console)
-    except Exception as error:
-        if not _explained(error):
-            raise
-        console.print("error:", style="bold red", end=" ")
-        console.print(str(error), markup=False, highlight=False)
-        return 1
+    result = train(parse(arguments), console=console)
     console.print(f"metrics      {result.metrics_path}", highlight=False)
     console.print(f"checkpoints  {result.checkpoint_dir}", highlight=False)
     if result.interrupted:
@@ -98,6 +91,21 @@ def _run(arguments: Sequence[str]) -> int:
     else:
         console.print(f"model        {result.model_dir}", highlight=False)
     return 0
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    from train import demo
+
+    return demo.main(arguments)
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from train import evaluate
+
+    return evaluate.main(arguments)
+
+
+_COMMANDS = {"run": _run, "demo": _demo, "evaluate": _evaluate}
 
 
 def _explained(error: Exception) -> bool:

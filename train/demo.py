@@ -14,7 +14,6 @@ import json
 import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,26 +22,23 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import tyro
-from dsa_jax.sharding import make_mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import dsa_jax
+from dsa_jax.generate import generate
 from dsa_jax.tokenizer import ByteTokenizer
 from dsa_jax.transformer import Transformer
-from train import corpus as corpus_module
-from train import cost, ladder, report
-from train.checkpoints import Checkpoints
+from train import corpus, cost, ladder, report
 from train.config import CheckpointConfig, DataConfig, TrainConfig, to_dict
 from train.controls import Mode
 from train.corpus import Corpus
 from train.data import Batch, Rows
 from train.demo_presets import PRESETS, Preset, StagePlan
 from train.evaluate import Evaluation, Windows, evaluate, held_out
+from train.load import starting_model
 from train.loop import TrainResult, train
 from train.sources import open_corpus
 from train.stages import Group, Stage, group_of
-from train.start import plan, start
 from train.state import Skeleton
 from train.tracker import read_metrics
 
@@ -79,11 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(config, console)
     except Interrupted as stop:
-        console.print(f"[yellow]{stop}[/]")
+        console.print(str(stop), style="yellow", markup=False, highlight=False)
         return 130
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
-        return 1
     return 0
 
 
@@ -99,22 +92,26 @@ def run(config: DemoConfig, console: Console) -> Path:
     preset = PRESETS[name]()
     settings = {"preset": name, "seeds": config.seeds, "seed": config.seed, **to_dict(preset)}
     folder = claim_folder(config.output, settings)
-    books = corpus_module.write(folder / "text")
+    lengths = (preset.length, preset.long_length)
+    # One byte less than a row: the tokenizer puts its mark before each.
+    text = corpus.write(
+        folder / "text", length=preset.length - 1, held_out_lengths=[n - 1 for n in lengths]
+    )
     console.print(
-        f"{books.train_bytes:,} bytes of the King James Version to train on; held out: "
-        f"{', '.join(corpus_module.HELD_OUT)} ({books.held_out_bytes:,} bytes). Run in {folder}",
+        f"{text.train_bytes:,} bytes of the King James Version to train on; held out: "
+        f"{', '.join(corpus.HELD_OUT)} ({text.held_out_bytes:,} bytes). Run in {folder}",
         highlight=False,
     )
     seeds = range(config.seed, config.seed + config.seeds)
-    runs = [_Seed(preset, folder, books, seed, console).run() for seed in seeds]
-    results = _results(config, name, preset, books, runs)
+    runs = [_Seed(preset, folder, text, seed, console).run() for seed in seeds]
+    results = _results(config, name, preset, text, runs)
     results["cost"] = _measure_cost(preset, console)
     _write_json(folder / "results.json", results)
     _collect_metrics(folder, results)
     path = report.write(folder)
     console.print(report.table(results))
     console.print(report.verdict_table(report.check(results)))
-    console.print(f"sample: {results['sample']['prompt']}[bold]{results['sample']['text']}[/]")
+    console.print(report.sample_text(results["sample"]))
     _say_where(console, path, folder, results)
     return folder
 
@@ -142,8 +139,8 @@ def claim_folder(output: Path, settings: Mapping[str, Any]) -> Path:
 class _Seed:
     """The four stages, the ladders and the sample of one seed."""
 
-    def __init__(self, preset: Preset, folder: Path, books: Corpus, seed: int, console: Console):
-        self.preset, self.root, self.books, self.seed = preset, folder, books, seed
+    def __init__(self, preset: Preset, folder: Path, text: Corpus, seed: int, console: Console):
+        self.preset, self.root, self.text, self.seed = preset, folder, text, seed
         self.folder = folder / f"seed-{seed}"
         self.console = console
 
@@ -183,10 +180,7 @@ class _Seed:
             output=self.folder / name,
             init_from=source,
             model=p.model if has_indexer else p.model.without_indexer(),
-            data=DataConfig(
-                sources=tuple(str(path) for path in self.books.train),
-                token_cache=self.root / "tokens",
-            ),
+            data=self.data(self.text.train),
             checkpoint=CheckpointConfig(interval=max(50, stage_plan.steps // 3), keep=1),
             batch_size=p.batch_size,
             sequence_length=p.length,
@@ -210,16 +204,9 @@ class _Seed:
 
     def graft(self, dense: TrainResult) -> Transformer:
         """The dense model with the fresh indexer that warm-up starts from."""
-        config = self.config(_WARMUP, Stage.WARMUP, self.preset.warmup, dense.checkpoint_dir)
-        config = config.resolved()
-        mesh = make_mesh(config.mesh)
-        with tempfile.TemporaryDirectory() as empty, jax.set_mesh(mesh):
-            warmup = plan(config, mesh)
-            checkpoints = Checkpoints(Path(empty), config.model)
-            try:
-                return warmup.skeleton.model(start(warmup, checkpoints).state.params)
-            finally:
-                checkpoints.close()
+        return starting_model(
+            self.config(_WARMUP, Stage.WARMUP, self.preset.warmup, dense.checkpoint_dir)
+        )
 
     def describe(self, name: str, result: TrainResult) -> dict[str, Any]:
         """What the report says of a stage. Times come from the log: a resumed stage's too."""
@@ -269,8 +256,8 @@ class _Seed:
         np.savez_compressed(self.folder / "selection.npz", **picture)  # pyright: ignore
         difference = ladder.largest_difference(first["warmed_all"], first["dense"])
         return {
-            "ladder": ladder.summarise(first),
-            "long_ladder": ladder.summarise(second),
+            "ladder": ladder.summarise(first, short),
+            "long_ladder": ladder.summarise(second, long),
             "sweep": {
                 str(k): {name: e.cross_entropy for name, e in found.items()}
                 for k, found in sorted(others.items())
@@ -284,31 +271,34 @@ class _Seed:
         """What the metrics call near, first, and a bucket."""
         return Windows(self.preset.local, self.preset.sink, self.preset.buckets)
 
+    def data(self, path: Path) -> DataConfig:
+        """A file of rows as documents: with the mark before it, each fills a row of the model."""
+        return DataConfig(sources=(str(path),), mark_end=False, token_cache=self.root / "tokens")
+
     def held_out(self, length: int, count: int) -> list[Batch]:
         """Rows of the held-out books."""
-        data = DataConfig(sources=tuple(str(path) for path in self.books.held_out))
-        text = open_corpus(data, self.preset.model.vocab_size, self.root / "tokens")
-        return held_out(Rows(text, length), count=count, batch_size=self.preset.score_batch)
+        data = self.data(self.text.held_out[length - 1])
+        documents = open_corpus(data, self.preset.model.vocab_size, self.root / "tokens")
+        rows = Rows(documents, length)
+        return held_out(rows, count=count, batch_size=self.preset.score_batch)
 
     def sample(self, model: Transformer) -> dict[str, str]:
-        """A continuation of a held-out book, under sparse attention."""
+        """The model goes on where a held-out passage begins to be quoted."""
         tokenizer = ByteTokenizer()
-        text = self.books.held_out[0].read_text(encoding="utf-8")
-        lines = text.split("\n")
-        prompt = "\n".join(lines[2:4])[: self.preset.length // 2]
-        temperature = 0.5
+        held = self.text.held_out[self.preset.length - 1].read_text(encoding="utf-8")
+        text = json.loads(held.split("\n")[self.seed])["text"]
+        opening = text.index(corpus.QUOTE) + 1
+        prompt = text[: text.index(" ", opening) + 1]
         self.console.print("writing a sample")
-        made = dsa_jax.generate(
+        made = generate(
             model,
-            [tokenizer.encode(prompt)],
-            max_new_tokens=self.preset.sample_bytes,
-            temperature=temperature,
-            seed=self.seed,
+            [[tokenizer.bos, *tokenizer.encode(prompt)]],
+            max_new_tokens=self.preset.length - len(prompt) - 1,
         )
         return {
             "prompt": prompt,
-            "text": tokenizer.decode(made[0]),
-            "settings": f"temperature {temperature}, seed {self.seed}",
+            "text": tokenizer.decode(made.tokens[0]),
+            "truth": text[len(prompt) :],
         }
 
 
@@ -332,7 +322,7 @@ def _count(model: Transformer) -> dict[str, int]:
 
 
 def _results(
-    config: DemoConfig, name: str, preset: Preset, books: Corpus, runs: list[dict[str, Any]]
+    config: DemoConfig, name: str, preset: Preset, text: Corpus, runs: list[dict[str, Any]]
 ) -> dict[str, Any]:
     first, m = runs[0], preset.model
     size = f"{m.num_hidden_layers - m.first_k_dense_replace} of them with {m.n_routed_experts}"
@@ -354,10 +344,10 @@ def _results(
             f"{m.kv_lora_rank}, {m.index_n_heads} indexer heads of {m.index_head_dim}",
         },
         "corpus": {
-            "license": corpus_module.LICENSE,
-            "train_bytes": books.train_bytes,
-            "held_out_bytes": books.held_out_bytes,
-            "held_out": list(corpus_module.HELD_OUT),
+            "license": corpus.LICENSE,
+            "train_bytes": text.train_bytes,
+            "held_out_bytes": text.held_out_bytes,
+            "held_out": list(corpus.HELD_OUT),
             "scored": first["scored"],
         },
         "machine": {
@@ -421,7 +411,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    _write_text(path, json.dumps(data, indent=1) + "\n")
+    _write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:

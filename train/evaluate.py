@@ -22,10 +22,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from dsa_jax.sharding import MeshConfig, make_mesh
 from train import metrics
 from train.config import DataConfig
 from train.controls import SCORED, Control, Mode, selector
 from train.data import Batch, Rows
+from train.load import load_model
 from train.probe import MetricSums, RowMetrics, probe
 from train.sources import open_corpus
 
@@ -76,16 +78,29 @@ class Evaluation:
         return metrics.lm_gap(self.loss, reference.loss, self.weights)
 
     def summary(self) -> dict[str, Any]:
-        """Everything as plain numbers: loss, metrics over layers, by layer and by position."""
+        """Everything as JSON-ready numbers: loss, metrics over layers, by layer and by position.
+
+        What has no value (recall where no row has more than k keys) is None.
+        """
         out: dict[str, Any] = {"cross_entropy": self.cross_entropy, "topk": self.mode.topk}
-        if self.sums is None:
-            return out
-        out |= self.sums.summary()
-        out["layers"] = {name: self.sums.layers(name).tolist() for name in self.sums.names}
-        out["edges"] = list(self.sums.edges)
-        for name in ("mass_recall", "oracle_mass", "overlap"):
-            out[f"{name}/buckets"] = self.sums.buckets(name).tolist()
-        return out
+        if self.sums is not None:
+            out |= self.sums.summary()
+            out["layers"] = {name: self.sums.layers(name) for name in self.sums.names}
+            out["edges"] = list(self.sums.edges)
+            for name in ("mass_recall", "oracle_mass", "overlap"):
+                out[f"{name}/buckets"] = self.sums.buckets(name)
+        return _plain(out)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists, NaN as None."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return None if math.isnan(value) else float(value)
+    return value
 
 
 def evaluate(
@@ -168,7 +183,7 @@ def _forward(
     topk: int,
     windows: Windows | None,
     which: jax.Array | None = None,
-    seed: jax.Array | None = None,
+    seed: jax.Array | int = 0,
     *,
     keys: int = 0,
 ) -> tuple[jax.Array, RowMetrics | None]:
@@ -207,7 +222,7 @@ class EvaluateConfig:
     """Held-out loss and selection metrics of a checkpoint, under its indexer and the controls."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """An exported model's folder, as `dsa_jax.save` writes it."""
+    """A run's folder, one step of its checkpoints, or an exported model."""
     data: DataConfig
     """The held-out text."""
     sequence_length: int = 4096
@@ -226,19 +241,17 @@ class EvaluateConfig:
     """Number of first keys."""
     seed: int = 0
     """Of the random keys."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the matmuls."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """Devices along each axis of the mesh."""
     output: Path | None = None
     """Also write the numbers here, as JSON."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m train evaluate")
-    console = Console()
-    try:
-        compare(config, console)
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
-        return 1
+    compare(tyro.cli(EvaluateConfig, args=arguments, prog="python -m train evaluate"), Console())
     return 0
 
 
@@ -250,11 +263,10 @@ def compare(config: EvaluateConfig, console: Console) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no checkpoint, or no text.
+        CheckpointError: a damaged checkpoint.
         ValueError: no k for a model without an indexer, or a text without tokens.
     """
-    import dsa_jax
-
-    model = dsa_jax.load(config.checkpoint)
+    model = load_model(config.checkpoint, mesh=config.mesh, compute_dtype=config.compute_dtype)
     topk = model.config.index_topk if config.topk is None else config.topk
     if topk is None:
         raise ValueError("topk=None: this model has no indexer and no k of its own; give one")
@@ -269,7 +281,8 @@ def compare(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     for control in controls:
         mode = Mode(control, topk, config.seed)
         progress = track(batches, description=f"{control:>8}", console=console, transient=True)
-        results[control] = evaluate(model, progress, mode, windows)
+        with jax.set_mesh(make_mesh(config.mesh)):
+            results[control] = evaluate(model, progress, mode, windows)
     console.print(table(results, title=f"{config.checkpoint} at {config.sequence_length} tokens"))
     out = {control: result.summary() for control, result in results.items()}
     if config.output is not None:

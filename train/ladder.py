@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import metrics
+from train import corpus, metrics
 from train.controls import Control
 from train.data import Batch
 from train.evaluate import Evaluation
@@ -54,9 +54,9 @@ LADDER = (
     Rung("oracle", "oracle k", GRAFTED, "oracle"),
     Rung("warmed", "warmed-up indexer", WARMED, "indexer"),
     Rung("warmed_all", "warmed-up, k ≥ T", WARMED, "all"),
-    Rung("sparse", "after sparse training", SPARSE, "indexer"),
-    Rung("sparse_oracle", "after sparse training, oracle k", SPARSE, "oracle"),
-    Rung("sparse_all", "after sparse training, k ≥ T", SPARSE, "all"),
+    Rung("sparse", "sparse-trained", SPARSE, "indexer"),
+    Rung("sparse_oracle", "sparse, oracle k", SPARSE, "oracle"),
+    Rung("sparse_all", "sparse, k ≥ T", SPARSE, "all"),
     Rung("control", "dense control", CONTROL, "dense"),
 )
 
@@ -72,15 +72,25 @@ def rungs(names: Sequence[str]) -> list[Rung]:
     return [rung for rung in LADDER if rung.name in names]
 
 
-def summarise(ladder: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
-    """The ladder as plain numbers, with each rung's gaps to the dense model and to the control."""
+def summarise(
+    ladder: Mapping[str, Evaluation], batches: Sequence[Batch]
+) -> dict[str, dict[str, Any]]:
+    """The ladder as plain numbers, with each rung's gaps to the dense model and to the control.
+
+    Args:
+        ladder: evaluations by name of the rung, all on the same batches.
+        batches: the batches, to tell `quoted_loss` (bytes that can be looked up, see
+            `corpus.quoted`) from `text_loss` (the rest).
+    """
+    quoted = np.concatenate([corpus.quoted(batch["tokens"]) for batch in batches])
     out = {}
     for name, evaluation in ladder.items():
         summary = evaluation.summary()
         for reference in ("dense", "control"):
             if reference in ladder:
                 summary[f"gap_to_{reference}"] = list(evaluation.gap(ladder[reference]))
-        summary["position_loss"] = np.nanmean(evaluation.token_loss, axis=0).tolist()
+        for kind, chosen in (("quoted_loss", quoted), ("text_loss", ~quoted)):
+            summary[kind] = float(np.nanmean(np.where(chosen, evaluation.token_loss, np.nan)))
         out[name] = summary
     return out
 

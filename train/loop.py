@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from dsa_jax.sharding import batch_spec, make_mesh
 from jax.sharding import NamedSharding
 from rich.console import Console
 
 from dsa_jax import checkpoint as model_files
+from dsa_jax.sharding import batch_spec, make_mesh
 from dsa_jax.transformer import Transformer
 from train import data, diagnose, summary
-from train.checkpoints import Checkpoints, RunRecord
+from train.checkpoints import Checkpoints, RunRecord, sole_run
 from train.config import TrainConfig, to_dict
 from train.data import Batch, DataPosition
 from train.signals import StopRequest
@@ -82,11 +82,14 @@ def train(
     """
     config = config.resolved()
     console = console or Console(stderr=True)
+    if jax.process_index() > 0:
+        console = Console(quiet=True)
     mesh = make_mesh(config.mesh)
-    cache = config.data.token_cache or config.output / "tokens"
-    corpus = open_corpus(config.data, config.model.vocab_size, cache)
     with ExitStack() as stack:
+        stack.enter_context(sole_run(config.output))
         stack.enter_context(jax.set_mesh(mesh))
+        cache = config.data.token_cache or config.output / "tokens"
+        corpus = open_corpus(config.data, config.model.vocab_size, cache)
         checkpoints = stack.enter_context(
             closing(
                 Checkpoints(config.output / "checkpoints", config.model, config.checkpoint.keep)
@@ -161,11 +164,7 @@ class _Run:
         self.pending: _Pending | None = None
         self.last: dict[str, Any] = {}
         self.clock = time.perf_counter()
-
-    @property
-    def done(self) -> int:
-        """Steps done, counting those whose metrics are still out."""
-        return self.pending.step if self.pending else self.last.get("step", self.first)
+        self.saving = 0.0
 
     def steps(self, stop: StopRequest) -> bool:
         """Runs to the last step, or to a request to stop; returns whether it was the latter."""
@@ -181,7 +180,7 @@ class _Run:
             stopping = stop.after(step, self.checkpoints.manager)
             if stopping or step == total or step % self.config.checkpoint.interval == 0:
                 self._report()  # before saving: a state that went wrong is not kept
-                self.checkpoints.save(step, self.state, self._record(step))
+                self._save(step)
             if step == total or (every and step % every == 0):
                 self._report()
                 self._evaluate(step)
@@ -225,10 +224,14 @@ class _Run:
         )
         return (data.place(batch, self.batch_sharding, self.batch_size) for batch in local)
 
-    def _record(self, step: int) -> RunRecord:
+    def _save(self, step: int) -> None:
+        began = time.perf_counter()
         row = self.first_row + (step - self.first) * self.batch_size
         position = DataPosition(row, self.length, self.corpus.files)
-        return RunRecord(to_dict(self.config), position, self.begun.rng)
+        record = RunRecord(to_dict(self.config), position, self.begun.rng)
+        self.checkpoints.save(step, self.state, record)
+        self.clock = time.perf_counter()
+        self.saving = self.clock - began
 
     def _report(self) -> None:
         """Reads and logs the step that is pending, if one is."""
@@ -243,7 +246,9 @@ class _Run:
             "tokens_per_second": self.batch_size * self.length / seconds,
             "seconds": seconds,
             "data_seconds": waited,
+            "checkpoint_seconds": self.saving,  # what the save after the step before held up
         }
+        self.saving = 0.0
         if not values.pop("ok"):
             self._explain(step, values, batch)
         self.last = {"step": step, **values}

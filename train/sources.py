@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ class _TextReader:
 
     def _tokenise(self, path: Path, folder: Path) -> None:
         """Writes beside the target and renames, so that a kill leaves no half-made cache."""
-        draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        draft = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
         draft.mkdir(parents=True, exist_ok=True)
         try:
             ends, total = [], 0

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from dsa_jax.layer_tree import split_layers, stack_layers
-from dsa_jax.sharding import param_specs, shardings
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsa_jax import checkpoint as model_files
+from dsa_jax.layer_tree import split_layers, stack_layers
+from dsa_jax.sharding import param_specs, shardings
 from train.checkpoints import Checkpoints, RunRecord, refuse_other_config
 from train.config import TrainConfig, differences, to_dict
 from train.data import DataPosition
@@ -73,12 +73,14 @@ class Source(NamedTuple):
         shapes: what it holds, by path on disk, one leaf a layer.
         read: takes shapes with shardings, returns arrays.
         record: what its run noted; None for an exported model.
+        close: to be called when all is read.
     """
 
     name: str
     shapes: Shapes
     read: Callable[[Shapes], Params]
     record: RunRecord | None
+    close: Callable[[], None] = lambda: None
 
 
 def plan(config: TrainConfig, mesh: Mesh) -> Plan:
@@ -114,19 +116,19 @@ def param_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSha
     return flat(shardings(param_specs(nested(shapes), mesh), mesh))
 
 
-def start(run: Plan, checkpoints: Checkpoints) -> Start:
+def start(run: Plan, checkpoints: Checkpoints | None = None) -> Start:
     """The state that the run goes on from.
 
     Args:
         run: from `plan`.
-        checkpoints: of the run's own folder: if it holds one, the run is resumed.
+        checkpoints: of the run's own folder: if it holds one, the run is resumed. None: the run as
+            it begins.
 
     Raises:
         ValueError: another config was run there, or parameters that do not fit the model.
         CheckpointError: a damaged checkpoint.
     """
-    step = checkpoints.latest
-    if step is not None:
+    if checkpoints is not None and (step := checkpoints.latest) is not None:
         record = checkpoints.record(step)
         refuse_other_config(record.config, run.config, checkpoints.folder)
         rest = checkpoints.restore_optimizer(step, run.state)
@@ -147,6 +149,7 @@ def _next_stage(run: Plan, source: Source, rng: tuple[int, ...]) -> Start:
     wanted = layer_shapes(run)
     grafted = _check_fit(run, source, wanted)
     layers = source.read({p: shape for p, shape in wanted.items() if p not in grafted})
+    source.close()
     if grafted:
         layers |= _new_indexers(run, rng, wanted)
     return Start(
@@ -172,6 +175,7 @@ def _source(run: Plan, path: Path) -> Source:
             other.layer_shapes(step),
             lambda wanted: other.restore_params(step, wanted),
             other.record(step),
+            other.close,
         )
     if not path.exists():
         raise FileNotFoundError(
@@ -215,7 +219,8 @@ def _check_fit(run: Plan, source: Source, wanted: Shapes) -> set[str]:
     missing = set(wanted) - set(source.shapes)
     extra = set(source.shapes) - set(wanted)
     indexers = {path for path in wanted if group_of(path) is Group.INDEXER}
-    grafted = indexers if missing == indexers and run.config.stage is Stage.WARMUP else set()
+    dense = not any(group_of(path) is Group.INDEXER for path in source.shapes)
+    grafted = indexers if dense and run.config.stage is Stage.WARMUP else set()
     problems = [f"missing {path}" for path in sorted(missing - grafted)]
     problems += [f"not in the model: {path}" for path in sorted(extra)]
     problems += [
@@ -225,7 +230,7 @@ def _check_fit(run: Plan, source: Source, wanted: Shapes) -> set[str]:
     ]
     if problems:
         hint = ""
-        if indexers and missing >= indexers:
+        if dense and indexers and not grafted:
             hint = "; it has no indexer: run a warm-up stage on it first, which grafts one"
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(

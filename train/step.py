@@ -170,13 +170,14 @@ def balanced(params: Params, load: Float[Array, "layers E"], speed: float) -> Pa
     """
     move = speed * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
     biases = {p: b for p, b in params.items() if group_of(p) is Group.BALANCE}
+    layers = sum(bias.size for bias in biases.values()) // load.shape[-1]
+    if layers != load.shape[0]:
+        raise ValueError(f"router_load has {load.shape[0]} layers, the biases {layers}")
     moved, start = {}, 0
     for path, bias in biases.items():
         stop = start + bias.size // load.shape[-1]
         moved[path] = bias + move[start:stop].reshape(bias.shape).astype(bias.dtype)
         start = stop
-    if start != load.shape[0]:
-        raise ValueError(f"router_load has {load.shape[0]} layers, the biases {start}")
     return moved
 
 
@@ -185,7 +186,7 @@ def _gradient_metrics(config: TrainConfig, gradients: Params, step: Array) -> St
     metrics = {}
     for name, branch in branches(config).items():
         mine, _ = split(gradients, (Group(name),))
-        metrics[f"gradient_norm_{name}"] = optax.global_norm(mine)
+        metrics[f"gradient_norm_{name}"] = optax.tree.norm(mine)
         metrics[f"learning_rate_{name}"] = jnp.asarray(schedule(config, branch)(step))
     return metrics
 

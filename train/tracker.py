@@ -59,7 +59,7 @@ class JsonlTracker:
         self.path = path
         self.common = dict(common or {})
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        torn = _is_torn(path)
         self._file = path.open("a", encoding="utf-8")
         if torn:
             self._file.write("\n")
@@ -214,6 +214,15 @@ class Trackers:
         """Closes each."""
         for tracker in self.trackers:
             tracker.close()
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether the file ends in the middle of a line."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read() != b"\n"
 
 
 def _plain(value: Any) -> Any:

@@ -27,23 +27,14 @@ def forward(q, k, v, ranges: KeyRange, *, scale: float, workspace_bytes: int):
         workspace_bytes=workspace_bytes,
     )
 
-    def rows(q, k, v, ranges):
-        def some_heads(carry, inputs, _):
-            q, k, v = inputs
+    def block(_, own, inputs, __):
+        (k, v), (q, ranges) = own, inputs
+        scores = scale * einsum("BTND,BSND->BNTS", q, k)
+        weights, total, lse = softmax(scores, ranges.mask(keys)[:, None])
+        out = einsum("BNTS,BSNV->BNTV", weights, v) / total
+        return (), (jnp.swapaxes(out, 1, 2).astype(q.dtype), jnp.swapaxes(lse, 1, 2))
 
-            def block(carry, inputs, _):
-                q, ranges = inputs
-                scores = scale * einsum("BTND,BSND->BNTS", q, k)
-                weights, total, lse = softmax(scores, ranges.mask(keys)[:, None])
-                out = einsum("BNTS,BSNV->BNTV", weights, v) / total
-                return carry, (jnp.swapaxes(out, 1, 2).astype(q.dtype), jnp.swapaxes(lse, 1, 2))
-
-            _, results = tiling.over_axis(block, (q, ranges), axis=1, block=blocks.queries)
-            return carry, results
-
-        return tiling.over_axis(some_heads, (q, k, v), axis=2, block=blocks.heads)[1]
-
-    return tiling.over_batch(rows, blocks.batch, q, k, v, ranges)
+    return tiling.over_blocks(block, blocks, (k, v), (q, ranges), heads=heads)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
@@ -62,26 +53,22 @@ def backward(
         workspace_bytes=workspace_bytes,
     )
 
-    def rows(q, k, v, ranges, out, lse, dout, dlse):
-        def some_heads(carry, inputs, _):
-            q, k, v, *rest = inputs
+    def block(sums, own, inputs, at):
+        (k, v), (q, ranges, *rest) = own, inputs
+        visible = ranges.mask(keys) & at.fresh[:, None]
+        dq, dk, dv = _block_gradient(q, k, v, visible, *rest, scale=scale)
+        return (sums[0] + dk, sums[1] + dv), dq.astype(q.dtype)
 
-            def block(totals, inputs, fresh):
-                q, ranges, *rest = inputs
-                visible = ranges.mask(keys) & fresh[:, None]
-                dq, dk, dv = _block_gradient(q, k, v, visible, *rest, scale=scale)
-                return (totals[0] + dk, totals[1] + dv), dq.astype(q.dtype)
-
-            zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-            (dk, dv), dq = tiling.over_axis(
-                block, (q, ranges, *rest), axis=1, block=blocks.queries, carry=zeros
-            )
-            return carry, (dq, dk.astype(k.dtype), dv.astype(v.dtype))
-
-        inputs = (q, k, v, out, lse, dout, dlse)
-        return tiling.over_axis(some_heads, inputs, axis=2, block=blocks.heads)[1]
-
-    return tiling.over_batch(rows, blocks.batch, q, k, v, ranges, out, lse, dout, dlse)
+    (dk, dv), dq = tiling.over_blocks(
+        block,
+        blocks,
+        (k, v),
+        (q, ranges, out, lse, dout, dlse),
+        heads=heads,
+        start=lambda own: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), own),
+        finish=lambda sums: (sums[0].astype(k.dtype), sums[1].astype(v.dtype)),
+    )
+    return dq, dk, dv
 
 
 def _block_gradient(q, k, v, visible, out, lse, dout, dlse, *, scale):

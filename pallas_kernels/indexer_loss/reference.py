@@ -43,18 +43,17 @@ def _scores_gradient(p, scores, visible):
     return weights / total * p.sum(axis=-1, keepdims=True) - p
 
 
-def _dense_target(q, k, lse, visible, *, scale, heads):
-    """p `[B, T, S]` of one block of queries, `heads` heads at once."""
+def _dense_target(q, k, lse, visible, *, row, scale, heads):
+    """p `[B, T, S]` of one block of queries, `heads` heads at once; k is whole: cut at `row`."""
 
-    def some_heads(mass, inputs, _):
-        q, k, lse = inputs
-        scores = scale * einsum("BTND,BSND->BNTS", q, k)
-        weights = softmax_from_lse(scores, visible[:, None], jnp.swapaxes(lse, 1, 2))
-        return mass + weights.sum(axis=1), ()
+    def some_heads(head, inputs):
+        q, lse = inputs
+        some_keys = tiling.cut(k, (row, 0, head), (q.shape[0], None, heads))
+        scores = scale * einsum("BTND,BSND->BNTS", q, some_keys)
+        return softmax_from_lse(scores, visible[:, None], jnp.swapaxes(lse, 1, 2)).sum(axis=1)
 
     zeros = jnp.zeros(visible.shape, jnp.float32)
-    mass, _ = tiling.over_axis(some_heads, (q, k, lse), axis=2, block=heads, carry=zeros)
-    return _normalised(mass)
+    return _normalised(tiling.sum_over_heads(some_heads, heads, zeros, (q, lse)))
 
 
 def _sparse_target(q, rows, lse, valid, *, scale):
@@ -87,17 +86,13 @@ def dense_forward(iq, ik, iw, q, k, lse, ranges: KeyRange, *, scale: float, work
     keys = k.shape[1]
     blocks = _dense_plan(iq, q, k, backward=False, workspace_bytes=workspace_bytes)
 
-    def rows(iq, ik, iw, q, k, lse, ranges):
-        def block(carry, inputs, _):
-            iq, iw, q, lse, ranges = inputs
-            visible = ranges.mask(keys)
-            p = _dense_target(q, k, lse, visible, scale=scale, heads=blocks.heads)
-            return carry, _divergence(p, score(iq, ik, iw), visible)
+    def block(_, ik, inputs, at):
+        iq, iw, q, lse, ranges = inputs
+        visible = ranges.mask(keys)
+        p = _dense_target(q, k, lse, visible, row=at.row, scale=scale, heads=blocks.heads)
+        return (), _divergence(p, score(iq, ik, iw), visible)
 
-        inputs = (iq, iw, q, lse, ranges)
-        return tiling.over_axis(block, inputs, axis=1, block=blocks.queries)[1]
-
-    return tiling.over_batch(rows, blocks.batch, iq, ik, iw, q, k, lse, ranges)
+    return tiling.over_blocks(block, blocks, ik, (iq, iw, q, lse, ranges))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
@@ -108,26 +103,24 @@ def dense_backward(
     keys = k.shape[1]
     blocks = _dense_plan(iq, q, k, backward=True, workspace_bytes=workspace_bytes)
 
-    def rows(iq, ik, iw, q, k, lse, ranges, g):
-        def block(dik, inputs, fresh):
-            iq, iw, q, lse, ranges, g = inputs
-            visible = ranges.mask(keys)
-            p = _dense_target(q, k, lse, visible, scale=scale, heads=blocks.heads)
-            dscores = _scores_gradient(p, score(iq, ik, iw), visible)
-            dscores *= jnp.where(fresh, g, 0.0)[..., None]
-            diq, more, diw = score_gradient(iq, ik, iw, dscores)
-            return dik + more, (diq.astype(iq.dtype), diw)
+    def block(dik, ik, inputs, at):
+        iq, iw, q, lse, ranges, g = inputs
+        visible = ranges.mask(keys)
+        p = _dense_target(q, k, lse, visible, row=at.row, scale=scale, heads=blocks.heads)
+        dscores = _scores_gradient(p, score(iq, ik, iw), visible)
+        dscores *= jnp.where(at.fresh, g, 0.0)[..., None]
+        diq, more, diw = score_gradient(iq, ik, iw, dscores)
+        return dik + more, (diq.astype(iq.dtype), diw)
 
-        dik, (diq, diw) = tiling.over_axis(
-            block,
-            (iq, iw, q, lse, ranges, g),
-            axis=1,
-            block=blocks.queries,
-            carry=jnp.zeros(ik.shape, jnp.float32),
-        )
-        return diq, dik.astype(ik.dtype), diw
-
-    return tiling.over_batch(rows, blocks.batch, iq, ik, iw, q, k, lse, ranges, g)
+    dik, (diq, diw) = tiling.over_blocks(
+        block,
+        blocks,
+        ik,
+        (iq, iw, q, lse, ranges, g),
+        start=lambda ik: jnp.zeros(ik.shape, jnp.float32),
+        finish=lambda dik: dik.astype(ik.dtype),
+    )
+    return diq, dik, diw
 
 
 def _sparse_plan(iq, ik, q, indices, *, backward, workspace_bytes):
@@ -152,17 +145,13 @@ def sparse_forward(iq, ik, iw, q, kv, lse, indices, *, scale: float, workspace_b
     """`kl [B, T]` over the selected keys."""
     blocks = _sparse_plan(iq, ik, q, indices, backward=False, workspace_bytes=workspace_bytes)
 
-    def rows(iq, ik, iw, q, kv, lse, indices):
-        def block(carry, inputs, _):
-            iq, iw, q, lse, indices = inputs
-            picked, valid = gather(kv, indices)
-            p = _sparse_target(q, picked, lse, valid, scale=scale)
-            return carry, _divergence(p, score(iq, gather(ik, indices)[0], iw), valid)
+    def block(_, own, inputs, __):
+        (ik, kv), (iq, iw, q, lse, indices) = own, inputs
+        picked, valid = gather(kv, indices)
+        p = _sparse_target(q, picked, lse, valid, scale=scale)
+        return (), _divergence(p, score(iq, gather(ik, indices)[0], iw), valid)
 
-        inputs = (iq, iw, q, lse, indices)
-        return tiling.over_axis(block, inputs, axis=1, block=blocks.queries)[1]
-
-    return tiling.over_batch(rows, blocks.batch, iq, ik, iw, q, kv, lse, indices)
+    return tiling.over_blocks(block, blocks, (ik, kv), (iq, iw, q, lse, indices))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
@@ -170,24 +159,22 @@ def sparse_backward(iq, ik, iw, q, kv, lse, indices, g, *, scale: float, workspa
     """Gradients of iq, ik and iw, given that of `kl`."""
     blocks = _sparse_plan(iq, ik, q, indices, backward=True, workspace_bytes=workspace_bytes)
 
-    def rows(iq, ik, iw, q, kv, lse, indices, g):
-        def block(dik, inputs, fresh):
-            iq, iw, q, lse, indices, g = inputs
-            indices = jnp.where(fresh[:, None], indices, -1)
-            picked, valid = gather(kv, indices)
-            p = _sparse_target(q, picked, lse, valid, scale=scale)
-            keys = gather(ik, indices)[0]
-            dscores = g[..., None] * _scores_gradient(p, score(iq, keys, iw), valid)
-            diq, dkeys, diw = score_gradient(iq, keys, iw, dscores)
-            return scatter_add(dik, indices, dkeys), (diq.astype(iq.dtype), diw)
+    def block(dik, own, inputs, at):
+        (ik, kv), (iq, iw, q, lse, indices, g) = own, inputs
+        indices = jnp.where(at.fresh[:, None], indices, -1)
+        picked, valid = gather(kv, indices)
+        p = _sparse_target(q, picked, lse, valid, scale=scale)
+        keys = gather(ik, indices)[0]
+        dscores = g[..., None] * _scores_gradient(p, score(iq, keys, iw), valid)
+        diq, dkeys, diw = score_gradient(iq, keys, iw, dscores)
+        return scatter_add(dik, indices, dkeys), (diq.astype(iq.dtype), diw)
 
-        dik, (diq, diw) = tiling.over_axis(
-            block,
-            (iq, iw, q, lse, indices, g),
-            axis=1,
-            block=blocks.queries,
-            carry=jnp.zeros(ik.shape, jnp.float32),
-        )
-        return diq, dik.astype(ik.dtype), diw
-
-    return tiling.over_batch(rows, blocks.batch, iq, ik, iw, q, kv, lse, indices, g)
+    dik, (diq, diw) = tiling.over_blocks(
+        block,
+        blocks,
+        (ik, kv),
+        (iq, iw, q, lse, indices, g),
+        start=lambda own: jnp.zeros(own[0].shape, jnp.float32),
+        finish=lambda dik: dik.astype(ik.dtype),
+    )
+    return diq, dik, diw

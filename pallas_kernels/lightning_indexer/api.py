@@ -11,19 +11,16 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import checks
 from pallas_kernels.dispatch import Implementation, choose
-from pallas_kernels.lightning_indexer import reference
+from pallas_kernels.lightning_indexer import reference, scores_sm90, selection_sm90, topk_sm90
 from pallas_kernels.tiling import WORKSPACE_BYTES, vary_like
 from pallas_kernels.types import KeyRange, Selection
 
-# A kernel goes in here, beside the reference, and its limits into the `_unsupported` of the op.
-_SELECT = {"xla": reference.lightning_indexer}
-_SCORES = {"xla": (reference.indexer_scores, reference.indexer_scores_gradient)}
-_TOPK = {"xla": reference.select_topk}
-
-
-def _unsupported() -> str | None:
-    """Why the Mosaic kernel cannot serve a call; None where it can."""
-    return "this op has no Mosaic kernel yet"
+_SELECT = {"xla": reference.lightning_indexer, "mosaic": selection_sm90.lightning_indexer}
+_SCORES = {
+    "xla": (reference.indexer_scores, reference.indexer_scores_gradient),
+    "mosaic": (scores_sm90.indexer_scores_op, reference.indexer_scores_gradient),
+}
+_TOPK = {"xla": reference.select_topk, "mosaic": topk_sm90.select_topk}
 
 
 def lightning_indexer(
@@ -73,7 +70,7 @@ def lightning_indexer(
     op = "lightning_indexer"
     topk = checks.positive_int(op, "topk", topk)
     _check_scores(op, q, k, w, ranges, k_scale, workspace_bytes)
-    select = _SELECT[choose(op, implementation, _unsupported())]
+    select = _SELECT[choose(op, implementation, selection_sm90.unsupported(q, k, topk))]
     arguments = jax.lax.stop_gradient((q, k, w, ranges, k_scale))
     arguments = vary_like(arguments, arguments)
     indices = select(*arguments, topk=topk, workspace_bytes=workspace_bytes)
@@ -117,7 +114,8 @@ def indexer_scores(
     """
     op = "indexer_scores"
     _check_scores(op, q, k, w, ranges, k_scale, workspace_bytes)
-    config = _ScoresConfig(choose(op, implementation, _unsupported()), workspace_bytes)
+    chosen = choose(op, implementation, scores_sm90.unsupported(q, k))
+    config = _ScoresConfig(chosen, workspace_bytes)
     arguments = (q, k, w, ranges, k_scale)
     return _scores(*vary_like(arguments, arguments), config)
 
@@ -156,7 +154,8 @@ def select_topk(
     checks.ranges(op, ranges)
     checks.shapes(op, {"scores": (scores, "B T S"), **checks.range_shapes(ranges)})
     checks.dtype(op, (jnp.float32,), scores=scores)
-    select = _TOPK[choose(op, implementation, _unsupported())]
+    unsupported = topk_sm90.unsupported(min(topk, scores.shape[-1]))
+    select = _TOPK[choose(op, implementation, unsupported)]
     arguments = jax.lax.stop_gradient((scores, ranges))
     indices = select(*vary_like(arguments, arguments), topk=topk, workspace_bytes=workspace_bytes)
     return Selection(checkpoint_name(indices, f"{op}.indices"))

@@ -116,14 +116,11 @@ def lightning_indexer(q, k, w, ranges: KeyRange, k_scale, *, topk: int, workspac
         workspace_bytes=workspace_bytes,
     )
 
-    def rows(q, k, w, ranges, k_scale):
-        def block(carry, inputs, _):
-            q, w, ranges = inputs
-            return carry, select(order(score(q, k, w, k_scale), ranges.mask(keys)), topk)
+    def block(_, own, inputs, __):
+        (k, k_scale), (q, w, ranges) = own, inputs
+        return (), select(order(score(q, k, w, k_scale), ranges.mask(keys)), topk)
 
-        return tiling.over_axis(block, (q, w, ranges), axis=1, block=blocks.queries)[1]
-
-    return tiling.over_batch(rows, blocks.batch, q, k, w, ranges, k_scale)
+    return tiling.over_blocks(block, blocks, (k, k_scale), (q, w, ranges))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("workspace_bytes",))
@@ -139,14 +136,11 @@ def indexer_scores(q, k, w, ranges: KeyRange, k_scale, *, workspace_bytes: int):
         workspace_bytes=workspace_bytes,
     )
 
-    def rows(q, k, w, ranges, k_scale):
-        def block(carry, inputs, _):
-            q, w, ranges = inputs
-            return carry, jnp.where(ranges.mask(keys), score(q, k, w, k_scale), -jnp.inf)
+    def block(_, own, inputs, __):
+        (k, k_scale), (q, w, ranges) = own, inputs
+        return (), jnp.where(ranges.mask(keys), score(q, k, w, k_scale), -jnp.inf)
 
-        return tiling.over_axis(block, (q, w, ranges), axis=1, block=blocks.queries)[1]
-
-    return tiling.over_batch(rows, blocks.batch, q, k, w, ranges, k_scale)
+    return tiling.over_blocks(block, blocks, (k, k_scale), (q, w, ranges))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("workspace_bytes",))
@@ -162,24 +156,25 @@ def indexer_scores_gradient(q, k, w, ranges: KeyRange, k_scale, g, *, workspace_
         workspace_bytes=workspace_bytes,
     )
 
-    def rows(q, k, w, ranges, k_scale, g):
-        def block(carry, inputs, fresh):
-            dk, dk_scale = carry
-            q, w, ranges, g = inputs
-            g = jnp.where(ranges.mask(keys) & fresh[:, None], g, 0.0)
-            if k_scale is not None:
-                dk_scale += (g * score(q, k, w)).sum(axis=1)
-                g = g * k_scale[:, None, :]
-            dq, more, dw = score_gradient(q, k, w, g)
-            return (dk + more, dk_scale), (dq.astype(q.dtype), dw)
+    def block(sums, own, inputs, at):
+        (k, k_scale), (q, w, ranges, g) = own, inputs
+        dk, dk_scale = sums
+        g = jnp.where(ranges.mask(keys) & at.fresh[:, None], g, 0.0)
+        if k_scale is not None:
+            dk_scale += (g * score(q, k, w)).sum(axis=1)
+            g = g * k_scale[:, None, :]
+        dq, more, dw = score_gradient(q, k, w, g)
+        return (dk + more, dk_scale), (dq.astype(q.dtype), dw)
 
-        zero = jnp.zeros(k.shape, jnp.float32), None if k_scale is None else jnp.zeros_like(k_scale)
-        (dk, dk_scale), (dq, dw) = tiling.over_axis(
-            block, (q, w, ranges, g), axis=1, block=blocks.queries, carry=zero
-        )
-        return dq, dk.astype(k.dtype), dw, dk_scale
-
-    return tiling.over_batch(rows, blocks.batch, q, k, w, ranges, k_scale, g)
+    (dk, dk_scale), (dq, dw) = tiling.over_blocks(
+        block,
+        blocks,
+        (k, k_scale),
+        (q, w, ranges, g),
+        start=lambda own: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), own),
+        finish=lambda sums: (sums[0].astype(k.dtype), sums[1]),
+    )
+    return dq, dk, dw, dk_scale
 
 
 @functools.partial(jax.jit, static_argnames=("topk", "workspace_bytes"))
@@ -195,11 +190,8 @@ def select_topk(scores, ranges: KeyRange, *, topk: int, workspace_bytes: int):
         workspace_bytes=workspace_bytes,
     )
 
-    def rows(scores, ranges):
-        def block(carry, inputs, _):
-            scores, ranges = inputs
-            return carry, select(order(scores, ranges.mask(keys)), topk)
+    def block(_, __, inputs, ___):
+        scores, ranges = inputs
+        return (), select(order(scores, ranges.mask(keys)), topk)
 
-        return tiling.over_axis(block, (scores, ranges), axis=1, block=blocks.queries)[1]
-
-    return tiling.over_batch(rows, blocks.batch, scores, ranges)
+    return tiling.over_blocks(block, blocks, (), (scores, ranges))[1]

@@ -123,8 +123,13 @@ def sparse_attention_decode(
     """
     op = "sparse_attention_decode"
     width = _check_pages(op, pages)
-    arrays = {"q": (q, f"B T N {width}"), "slots": (slots, "B T K")}
-    checks.shapes(op, arrays)
+    lengths = checks.shapes(op, {"q": (q, "B T N C+R"), "slots": (slots, "B T K")})
+    if lengths["C+R"] != width:
+        raise ValueError(
+            f"{op}: q has shape {q.shape}, so C+R = {lengths['C+R']}, but a row of pages has "
+            f"{width} columns (latent and rotary part together); they must be equal. Pass the "
+            "absorbed query, or the pages of this model."
+        )
     checks.dtype(op, checks.FLOATS, q=q)
     checks.dtype(op, (jnp.int32,), slots=slots)
     widest = pages.latent.shape[-1] if isinstance(pages, Fp8Pages) else width

@@ -54,14 +54,11 @@ def forward(q, kv, indices, *, value_width: int, scale: float, workspace_bytes: 
         workspace_bytes=workspace_bytes,
     )
 
-    def rows(q, kv, indices):
-        def block(carry, inputs, _):
-            q, indices = inputs
-            return carry, _attend(q, *gather(kv, indices), value_width=value_width, scale=scale)
+    def block(_, kv, inputs, __):
+        q, indices = inputs
+        return (), _attend(q, *gather(kv, indices), value_width=value_width, scale=scale)
 
-        return tiling.over_axis(block, (q, indices), axis=1, block=blocks.queries)[1]
-
-    return tiling.over_batch(rows, blocks.batch, q, kv, indices)
+    return tiling.over_blocks(block, blocks, kv, (q, indices))[1]
 
 
 def _attend_gradient(q, rows, valid, out, lse, dout, dlse, *, scale):
@@ -91,23 +88,21 @@ def backward(q, kv, indices, out, lse, dout, dlse, *, scale: float, workspace_by
         workspace_bytes=workspace_bytes,
     )
 
-    def rows(q, kv, indices, out, lse, dout, dlse):
-        def block(dkv, inputs, fresh):
-            q, indices, *rest = inputs
-            indices = jnp.where(fresh[:, None], indices, -1)
-            dq, drows = _attend_gradient(q, *gather(kv, indices), *rest, scale=scale)
-            return scatter_add(dkv, indices, drows), dq.astype(q.dtype)
+    def block(dkv, kv, inputs, at):
+        q, indices, *rest = inputs
+        indices = jnp.where(at.fresh[:, None], indices, -1)
+        dq, drows = _attend_gradient(q, *gather(kv, indices), *rest, scale=scale)
+        return scatter_add(dkv, indices, drows), dq.astype(q.dtype)
 
-        dkv, dq = tiling.over_axis(
-            block,
-            (q, indices, out, lse, dout, dlse),
-            axis=1,
-            block=blocks.queries,
-            carry=jnp.zeros(kv.shape, jnp.float32),
-        )
-        return dq, dkv.astype(kv.dtype)
-
-    return tiling.over_batch(rows, blocks.batch, q, kv, indices, out, lse, dout, dlse)
+    dkv, dq = tiling.over_blocks(
+        block,
+        blocks,
+        kv,
+        (q, indices, out, lse, dout, dlse),
+        start=lambda kv: jnp.zeros(kv.shape, jnp.float32),
+        finish=lambda dkv: dkv.astype(kv.dtype),
+    )
+    return dq, dkv
 
 
 @functools.partial(jax.jit, static_argnames=("value_width", "scale", "workspace_bytes"))
@@ -124,15 +119,15 @@ def decode(q, pages: CachePages, slots, *, value_width: int, scale: float, works
         workspace_bytes=workspace_bytes,
     )
 
-    def block(carry, inputs, _):
+    def block(_, pool, inputs, __):
         q, slots = inputs
         if isinstance(pool, Fp8Pages):
             parts, (valid, *_) = zip(*(gather(part, slots) for part in pool), strict=True)
             rows = dequantize(*parts)
         else:
             rows, valid = gather(pool, slots)
-        return carry, _attend(q, rows, valid, value_width=value_width, scale=scale)
+        return (), _attend(q, rows, valid, value_width=value_width, scale=scale)
 
     inputs = q.reshape(1, -1, heads, width), slots.reshape(1, -1, selected)
-    _, (out, lse) = tiling.over_axis(block, inputs, axis=1, block=blocks.queries)
+    _, (out, lse) = tiling.over_blocks(block, blocks, pool, inputs)
     return out.reshape(batch, queries, heads, -1), lse.reshape(batch, queries, heads)

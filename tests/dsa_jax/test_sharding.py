@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from small_models import filled, tokens_of
+from small_models import filled, jit, tokens_of
 
 from dsa_jax import presets, sharding
 from dsa_jax.sharding import MeshConfig, Rules, make_mesh, param_specs
@@ -64,7 +64,7 @@ def test_bad_rules(rules, letters, complaint):
         rules.spec(letters, "x")
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-shared", "deepseek-v3.2-exp"])
+@pytest.mark.parametrize("preset", presets.names())
 def test_every_parameter_has_letters_that_fit(preset):
     # Rules over axes of size 1 never fail to divide: this is about names, ranks and collisions.
     config = presets.get(preset)
@@ -123,13 +123,13 @@ def test_eight_devices_compute_what_one_does():
         return -jnp.take_along_axis(p, tokens[:, 1:, None], axis=-1).mean()
 
     step = jax.value_and_grad(loss)
-    value, gradient = jax.jit(step)(model, tokens)
+    value, gradient = jit(step)(model, tokens)
 
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     placed = sharding.shardings(param_specs(model, mesh), mesh)
     rows = NamedSharding(mesh, sharding.batch_spec())
     sharded = jax.device_put(model, placed)
-    run = jax.jit(step, in_shardings=(placed, rows), out_shardings=(None, placed))
+    run = jit(step, in_shardings=(placed, rows), out_shardings=(None, placed))
     value8, gradient8 = run(sharded, jax.device_put(tokens, rows))
 
     # fp32; sums over rows are made in another order.

@@ -6,26 +6,12 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_tokenizers import BOS, write_byte_level
 from tokenizers import decoders, models, pre_tokenizers
 
 from dsa_jax import tokenizer as tok
 
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 TEXT = "naïve — 你好，世界 🙂👩‍👩‍👧 \n\ttab"
-
-
-def write_byte_level(folder, added=(BOS, EOS, PAD, "<｜User｜>")):
-    """A `tokenizer.json` of DeepSeek's kind with one token per byte, after the added ones."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: i for i, character in enumerate(alphabet)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(added[:3]))
-    tokenizer.add_tokens([tokenizers.AddedToken(name, special=False) for name in added[3:]])
-    path = folder / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
 
 
 @pytest.fixture(scope="module", params=["bytes", "json"])
@@ -61,6 +47,7 @@ def test_json_folder_and_config_names(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     loaded = tok.load(tmp_path)
     assert (loaded.bos, loaded.eos, loaded.pad) == (256, 257, 257)  # pad falls back to eos
+    assert loaded.decode([256, 258, 257]) == "<unk>"  # only bos, eos and pad are silent
 
 
 def test_bad_files(tmp_path):
@@ -82,6 +69,18 @@ def test_stream_emits_whole_characters_only(tokenizer):
     assert not any("\ufffd" in piece for piece in pieces)
     assert "" in pieces  # the bytes in the middle of a character were held back
     assert stream.flush() == ""
+
+
+def test_stream_keeps_spaces_where_the_decoder_drops_the_first(tmp_path):
+    """Some decoders strip the space of their first token: each piece alone would lose its own."""
+    words = {"<s>": 0, "</s>": 1, "▁one": 2, "▁two": 3, "▁three": 4}
+    metaspace = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace()
+    metaspace.decoder = decoders.Metaspace()
+    metaspace.save(str(tmp_path / "tokenizer.json"))
+    loaded = tok.JsonTokenizer(tmp_path, bos="<s>", eos="</s>")
+    stream = tok.StreamDecoder(loaded)
+    assert [stream.push(i) for i in loaded.encode("one two three")] == ["one", " two", " three"]
 
 
 @settings(max_examples=200, deadline=None)

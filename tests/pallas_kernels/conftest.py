@@ -20,7 +20,7 @@ def implementation() -> str:
 
 @pytest.fixture(params=["whole", "queries", "all"])
 def workspace_bytes(request, monkeypatch) -> int:
-    """A budget under which the XLA ops run whole, or cut as the name says.
+    """A budget under which the XLA ops run whole, or cut into queries, or queries, heads and rows.
 
     5 divides none of the tests' T, so the last block overlaps the one before. The plan is put in
     place of the one the budget would give; each budget is new because results of tracing are kept.

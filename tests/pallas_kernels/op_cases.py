@@ -13,6 +13,11 @@ from pallas_kernels import KeyRange, Selection
 B, T, I, H, N, C, R, P, V, K = 2, 13, 3, 6, 4, 5, 3, 6, 7, 4
 SCALE = 0.7
 
+BUDGET = 512 * 2**20
+
+# A kind of range, and how the work is cut (the fixture workspace_bytes).
+LAYOUTS = [("packed", "whole"), ("packed", "all"), ("prefix", "queries"), ("ragged", "all")]
+
 
 def key_range(kind: str) -> tuple[KeyRange, int]:
     """Ranges of `[B, T]` queries, and S."""

@@ -55,11 +55,11 @@ def select_topk(scores, ranges, topk: int) -> np.ndarray:
     batch, queries, keys = scores.shape
     out = np.full((batch, queries, min(topk, keys)), -1, np.int32)
     for (b, t), seen in visible(ranges, keys).items():
-
-        def rank(s, row=scores[b, t].tolist()):
-            return (True, 0.0, s) if math.isnan(row[s]) else (False, -row[s], s)
-
-        best = sorted(sorted(seen.tolist(), key=rank)[:topk])
+        ranked = sorted(
+            (math.isnan(x), 0.0 if math.isnan(x) else -x, s)
+            for s, x in zip(seen.tolist(), scores[b, t, seen].tolist(), strict=True)
+        )
+        best = sorted(s for *_, s in ranked[:topk])
         out[b, t, : len(best)] = best
     return out
 

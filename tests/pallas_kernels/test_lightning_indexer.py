@@ -9,13 +9,13 @@ import pytest
 
 from pallas_kernels import KeyRange, indexer_scores, lightning_indexer, select_topk
 
-KINDS = ["packed", "prefix", "ragged"]
-
 # fp32 sums of a few dozen terms of size about 1: a few units of 2**-24, times a margin.
 FP32 = {"rtol": 2e-5, "atol": 5e-6}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "workspace_bytes"), op_cases.LAYOUTS, indirect=["workspace_bytes"]
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn])
 def test_scores(kind, dtype, implementation, workspace_bytes):
     """In every dtype to fp32 rounding: products of bf16 and e4m3 are exact in fp32."""
@@ -35,7 +35,9 @@ def test_scores(kind, dtype, implementation, workspace_bytes):
     np.testing.assert_allclose(found, expected, **FP32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "workspace_bytes"), op_cases.LAYOUTS, indirect=["workspace_bytes"]
+)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_scores_gradient(kind, scaled, implementation, workspace_bytes):
     case = op_cases.case(kind, seed=1)
@@ -75,16 +77,16 @@ def test_gradient_is_zero_where_relu_is_flat(implementation):
     ranges = KeyRange.causal(1, 2)
 
     def loss(q, k):
-        scores = indexer_scores(
-            q, k, jnp.ones((1, 2, 1)), ranges, implementation=implementation
-        )
+        scores = indexer_scores(q, k, jnp.ones((1, 2, 1)), ranges, implementation=implementation)
         return jnp.where(jnp.isfinite(scores), scores, 0.0).sum()
 
     for g in jax.grad(loss, argnums=(0, 1))(q, k):
         np.testing.assert_array_equal(g, 0.0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "workspace_bytes"), op_cases.LAYOUTS, indirect=["workspace_bytes"]
+)
 def test_selection_is_the_topk_of_the_scores(kind, implementation, workspace_bytes):
     """On whole numbers every sum is exact in any order: the selection must be equal bit for bit.
 

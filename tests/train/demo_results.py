@@ -37,6 +37,8 @@ def rung(name, shift):
     buckets = np.linspace(recall + 0.1, recall - 0.05, len(EDGES) - 1)
     return out | {
         "cross_entropy": loss,
+        "quoted_loss": 2 * loss - 2,
+        "text_loss": 2.0,
         "topk": TOPK,
         "layers": per_layer,
         "edges": list(EDGES),
@@ -45,7 +47,6 @@ def rung(name, shift):
         "overlap/buckets": [buckets.tolist()] * LAYERS,
         "gap_to_dense": [loss - LOSSES["dense"] - shift, 0.01],
         "gap_to_control": [loss - LOSSES["control"] - shift, 0.01],
-        "position_loss": np.linspace(3, 2, LENGTH).tolist(),
     }
 
 
@@ -89,7 +90,7 @@ def results(seeds=1):
         "cost": {"shape": shape, "measured": [
             {"position": x, "dense": 1e-6 * x, "indexer": 1e-7 * x,
              "sparse": 1.2e-6 * min(x, 512)} for x in points]},
-        "sample": {"prompt": "1:1 In the beginning", "text": " was\n1:2 And", "settings": "greedy"},
+        "sample": {"prompt": "In the [beginning]", "text": " was", "truth": " was the"},
         "runs": [run(seed) for seed in range(seeds)],
     }  # fmt: skip
 

@@ -1,9 +1,11 @@
 """The smallest models, batches and runs that the training tests share."""
 
+import functools
 import io
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -11,7 +13,10 @@ from dsa_jax import presets
 from dsa_jax.config import ModelConfig
 from train.config import CheckpointConfig, DataConfig, TrainConfig
 from train.stages import Stage
-from train.state import build
+from train.state import Skeleton
+
+# These tests compile far longer than they run: LLVM need not try hard.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # Two MoE layers in one stack: half of what `tiny` takes to compile. topk 8 is far below T.
 MODEL: ModelConfig = presets.get("tiny").replace(first_k_dense_replace=0, num_hidden_layers=2)
@@ -27,20 +32,23 @@ def config(stage: Stage, **fields) -> TrainConfig:
         "sequence_length": LENGTH,
         "compute_dtype": "float32",
         "loss_chunk": 10,
+        "remat": "none",
         **fields,
     }
     return TrainConfig(**given).resolved()
 
 
-def loud_params(run: TrainConfig, skeleton, seed: int = 0):
-    """Parameters far enough from the initial ones that attention is not uniform, indexer weights
-    have both signs and no gradient is tiny."""
-    fresh = jax.jit(lambda: skeleton.params(build(run, (0, seed))))()
-    keys = jax.random.split(jax.random.key(seed), len(fresh))
-    return {
-        path: leaf + 0.15 * jax.random.normal(key, leaf.shape)
-        for (path, leaf), key in zip(fresh.items(), keys, strict=True)
-    }
+def loud_params(skeleton: Skeleton, seed: int = 0) -> dict[str, jax.Array]:
+    """Parameters with which attention is not uniform, indexer weights have both signs and no
+    gradient is tiny; drawn by NumPy, which needs no compilation."""
+    rng = np.random.default_rng(seed)
+    params = {}
+    for path, shape in skeleton.shapes.items():
+        fan_in = shape.shape[-2] if len(shape.shape) > 1 else 1
+        scale = 0.1 if "norm" in path or "bias" in path else 1.2 * fan_in**-0.5
+        leaf = scale * rng.normal(size=shape.shape) + (path.endswith("norm/weight"))
+        params[path] = jnp.asarray(leaf, shape.dtype)
+    return params
 
 
 def packed(documents, batch: int, length: int, layout) -> dict[str, np.ndarray]:

@@ -1,0 +1,423 @@
+"""What the lanes of a CTA do to select the k best scores of a row: one pass, a rising threshold.
+
+A row goes through shared memory once:
+
+    fill      the first `capacity` visible scores go into a buffer of (key, column), keys being
+              uint32 that sort as the scores must;
+    stream    of every further tile of scores those that reach the threshold are appended;
+    compact   when they do not fit, the k best of the buffer and perhaps some more are kept, and
+              the threshold rises above what was dropped;
+    emit      at the end, the k best of the buffer are the answer.
+
+The buffer is always in the order of the columns: appends and compactions number their elements by
+prefix sums, never by the order in which lanes arrive. So the k best, ties to the lower column, are
+the keys above the cut and the first so many on it; a later score that only equals the k-th
+cannot win; the output ascends by itself; and every run gives the same bits.
+
+On random data some k ln(S / capacity) scores are appended and the buffer is compacted two or three
+times. In the worst case, scores that rise along the row, each tile is followed by a compaction:
+slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+from pallas_kernels.hopper import compaction, histogram
+from pallas_kernels.hopper.scan import scan_block, share_warp_totals
+from pallas_kernels.hopper.simt import WARP, Words
+
+_NEGATIVE_INFINITY = 0x007FFFFF  # its key: of all numbers' the lowest
+_NAN = _NEGATIVE_INFINITY - 1
+_NAN_BITS = 0x7FC00000
+_LOADS = 8  # loads of a lane under way at once when a buffer is filled; more take registers
+_NOTHING = 0xFFFFFFFF  # -1 in the result
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The sizes of a kernel.
+
+    Attributes:
+        topk: K.
+        width: S, words of a row.
+        threads: lanes of a CTA, which takes one row.
+        vectors: 16-byte loads of a lane in a tile; at most 4.
+        capacity: of the buffer.
+    """
+
+    topk: int
+    width: int
+    threads: int = 256
+    vectors: int = 4
+    capacity: int = 8192
+
+    def __post_init__(self):
+        if self.threads not in (128, 256, 512):
+            raise ValueError(f"threads={self.threads} must be 128, 256 or 512")
+        if not self.whole_row and self.capacity < self.topk + self.tile:
+            raise ValueError(
+                f"capacity={self.capacity} must hold topk={self.topk} scores and a tile of "
+                f"{self.tile}, or a whole row of {self.width}"
+            )
+
+    @property
+    def tile(self) -> int:
+        """Scores of a tile."""
+        return 4 * self.vectors * self.threads
+
+    @property
+    def places(self) -> int:
+        """Words that a row can take from a 16-byte boundary to the next after it."""
+        return self.width if self.width % 4 == 0 else self.width + 3
+
+    @property
+    def whole_row(self) -> bool:
+        """Whether the buffer holds any row whole; an entry's place then follows from its slot."""
+        return self.capacity >= self.places
+
+    @property
+    def spare(self) -> int:
+        """How many more than K a compaction may keep; it must leave room for a tile."""
+        return max(0, min(self.topk // 4, self.capacity - self.tile - self.topk))
+
+    @property
+    def arrays(self) -> dict[str, Words]:
+        """The arrays in shared memory."""
+        sizes = {"keys": self.capacity, "columns": 0 if self.whole_row else self.capacity}
+        sizes |= {"bins": histogram.BINS + 4, "found": 4}
+        sizes |= {"cut_totals": 2 * WARP, "stream_totals": 2 * WARP}
+        arrays, start = {}, 0
+        for name, size in sizes.items():
+            arrays[name] = Words(start, size)
+            start += -(-size // 4) * 4
+        return arrays
+
+    @property
+    def words(self) -> int:
+        """Shared memory, in words."""
+        return sum(-(-array.size // 4) * 4 for array in self.arrays.values())
+
+
+def select_row(
+    block: Any, plan: Plan, scores, starts, ends, out, row: Any, segment: Any, segments: int
+) -> None:
+    """Selects of one segment of a row's range; the range is cut into equal segments.
+
+    Args:
+        block: what its lanes can do.
+        plan: the sizes.
+        scores, starts, ends: in device memory, `[rows, S]`, `[rows]`, `[rows]`.
+        out: `[rows, segments, K]`; columns ascending, -1 at the end.
+        row: which row.
+        segment: which segment of it.
+        segments: how many there are.
+    """
+    scores_row = block.global_row(scores, row, plan.width)
+    out_row = block.global_row(out, row * segments + segment, plan.topk)
+    zero = block.constant(0)
+    start = _clip(block, block.load_global(block.global_row(starts, zero, 0), row), plan.width)
+    end = _clip(block, block.load_global(block.global_row(ends, zero, 0), row), plan.width)
+    if segments > 1:
+        length = block.select(start < end, end - start, 0)
+        each = (length + (segments - 1)) // segments
+        start = start + segment * each
+        end = block.minimum(start + each, end)
+    visible = block.select(start < end, end - start, 0)
+
+    def all_visible(_):
+        def slots(i, _):
+            slot = i + block.thread
+            value = block.select(slot < visible, start + slot, _NOTHING)
+            block.store_global(out_row, slot, value, where=slot < plan.topk)
+            return ()
+
+        block.loop(0, plan.topk, block.threads, (), slots)
+        return ()
+
+    def best(_):
+        _Row(block, plan, scores_row, out_row, start, end).select()
+        return ()
+
+    block.when(visible <= plan.topk, all_visible)
+    block.when(visible > plan.topk, best)
+
+
+def merge_row(block: Any, plan: Plan, scores, lists, out, row: Any, segments: int) -> None:
+    """Selects of what `select_row` found in a row's segments; `plan.capacity` holds it all.
+
+    Args:
+        block: what its lanes can do.
+        plan: the sizes.
+        scores: `[rows, S]`.
+        lists: `[rows, segments, K]`.
+        out: `[rows, K]`; columns ascending, -1 at the end.
+        row: which row.
+        segments: how many there are.
+    """
+    length = segments * plan.topk
+    out_row = block.global_row(out, row, plan.topk)
+    zero = block.constant(0)
+    merging = _Row(block, plan, block.global_row(scores, row, plan.width), out_row, zero, zero)
+    merging.merge(block.global_row(lists, row, length), length)
+
+
+def _clip(block, position, width):
+    """A signed position, moved into [0, width]."""
+    return block.select(position < 1 << 31, block.minimum(position, width), 0)
+
+
+class _Row:
+    """A row's buffer, and what happens to it.
+
+    A score's *place* counts from the 16-byte boundary at or before the row: its column plus the
+    row's skew. A vector is four places from a multiple of 4.
+    """
+
+    def __init__(self, block: Any, plan: Plan, scores, out, start, end):
+        self.block, self.plan, self.scores, self.out = block, plan, scores, out
+        self.start, self.end = start + scores.skew, end + scores.skew
+        self.first_vector, self.end_vector = self.start >> 2, (self.end + 3) >> 2
+        arrays = plan.arrays
+        self.keys, self.columns = arrays["keys"], arrays["columns"]
+        self.totals, self.cut_totals = arrays["stream_totals"], arrays["cut_totals"]
+        self.workspace = histogram.Workspace(arrays["bins"], self.cut_totals, arrays["found"])
+
+    def select(self):
+        """The answer, of more than K visible scores."""
+        histogram.clear(self.block, self.workspace)
+        self.fill()
+        count = self.block.constant(self.plan.capacity)
+        if not self.plan.whole_row:
+            count = self.stream(count)
+        cut = histogram.find_cut(self.block, self.workspace, self.keys, count, self.plan.topk)
+        self.emit(cut, count)
+
+    def merge(self, lists, length):
+        """The answer, of the scores of the columns in a list in which -1 is nothing."""
+        block, plan = self.block, self.plan
+        histogram.clear(block, self.workspace)
+        slots = [block.thread + i for i in range(0, plan.capacity, plan.threads)]
+        columns = [block.load_global(lists, block.minimum(slot, length - 1)) for slot in slots]
+        listed = [
+            (slot < length) & (column != _NOTHING)
+            for slot, column in zip(slots, columns, strict=True)
+        ]
+        scores = [
+            block.load_global(self.scores, block.select(there, column, 0))
+            for there, column in zip(listed, columns, strict=True)
+        ]
+        mine = block.constant(0)
+        for slot, column, there, x in zip(slots, columns, listed, scores, strict=True):
+            block.store(self.keys, slot, block.select(there, ordered(block, x), 0))
+            block.store(self.columns, slot, column + self.scores.skew)
+            mine = block.add_where(there, mine, 1)
+        _, found = scan_block(block, self.totals, mine)
+        count = block.constant(plan.capacity)
+
+        def all_found(_):
+            everything = histogram.Cut(block.constant(1), block.constant(0), found)
+            self.keep(everything, count, self.stage, compaction.keep_above)
+            self.copy_out(found)
+
+            def nothing(i, _):
+                slot = i + block.thread
+                missing = (slot >= found) & (slot < plan.topk)
+                block.store_global(self.out, slot, block.constant(_NOTHING), where=missing)
+                return ()
+
+            block.loop(0, plan.topk, block.threads, (), nothing)
+            return ()
+
+        def best(_):
+            cut = histogram.find_cut(block, self.workspace, self.keys, count, plan.topk)
+            self.emit(cut, count)
+            return ()
+
+        block.when(found <= plan.topk, all_found)
+        block.when(found > plan.topk, best)
+
+    def fill(self):
+        """The first `capacity` places from the range's first vector on, with keys.
+
+        Places outside the range get key 0, which never wins: at most three of them lie before the
+        range, and those after it are there only if the row ends here, with more than K visible.
+        """
+        steps = range(0, self.plan.capacity // 4, self.plan.threads)
+        for some in itertools.batched(steps, _LOADS):
+            slots = [self.block.thread + i for i in some]
+            loaded = [self.load(self.first_vector + slot) for slot in slots]
+            for slot, vector in zip(slots, loaded, strict=True):
+                self.put(slot * 4, vector)
+
+    def put(self, slot, vector):
+        """Four scores into the buffer."""
+        block = self.block
+        places = [self.first_vector * 4 + slot + n for n in range(4)]
+        ended = places[0] >= self.end
+        block.store4(self.keys, slot, [block.select(ended, 0, ordered(block, x)) for x in vector])
+        if not self.plan.whole_row:
+            block.store4(self.columns, slot, places)
+        across = (places[0] < self.start) | ((places[3] >= self.end) & ~ended)
+        block.when(block.any(across), functools.partial(self.clear_outside, slot, places))
+
+    def clear_outside(self, slot, places, _):
+        """Takes the places outside the range out of a vector of the buffer."""
+        for n, place in enumerate(places):
+            outside = (place < self.start) | (place >= self.end)
+            self.block.store(self.keys, slot + n, 0, where=outside)
+        return ()
+
+    def load(self, vector):
+        """Four scores; of the range's last vector where it has ended."""
+        return self.block.load4_global(self.scores, self.block.minimum(vector, self.end_vector - 1))
+
+    def load_tile(self, first):
+        """The lane's vectors of the tile that starts at a vector; a warp's lie side by side."""
+        block, plan = self.block, self.plan
+        mine = first + block.warp * (WARP * plan.vectors) + block.lane
+        return [self.load(mine + WARP * j) for j in range(plan.vectors)]
+
+    def stream(self, count):
+        """Appends what reaches the threshold, compacts when it must; the buffer's count."""
+        block, plan = self.block, self.plan
+        begin = self.first_vector + plan.capacity // 4
+        step = plan.tile // 4
+        # A later score wins only if its key reaches the threshold. At first that keeps out NaN: the
+        # buffer holds K visible scores or more, and a NaN among them has the lower column.
+        threshold = block.constant(_NEGATIVE_INFINITY)
+
+        def tile(first, state):
+            count, threshold, turn, scores = state
+            following = self.load_tile(first + step)
+            past_end = (first + step) * 4 > self.end
+            scores = block.when(past_end, lambda scores: self.hide_end(first, scores), scores)
+            limit = unordered(block, threshold)
+            counted = self.count(scores, limit, turn)
+
+            def make_room(state):
+                count = state[0]
+                cut = histogram.find_cut(
+                    block, self.workspace, self.keys, count, plan.topk, plan.spare
+                )
+                self.keep(cut, count, self.move)
+                threshold = block.maximum(cut.above, state[1])
+                limit = unordered(block, threshold)
+                counted = self.count(scores, limit, turn)
+                return cut.winners, threshold, limit, counted
+
+            state = count, threshold, limit, counted
+            full = count + counted[-1] > plan.capacity
+            count, threshold, limit, counted = block.when(full, make_room, state)
+            lanes_before, sums, warps_before, total = counted
+            self.append(first, scores, limit, count + warps_before, lanes_before, sums)
+            return count + total, threshold, turn ^ 1, following
+
+        state = (count, threshold, block.constant(0), self.load_tile(begin))
+        return block.loop(begin, self.end_vector, step, state, tile)[0]
+
+    def hide_end(self, first, tile):
+        """Makes NaN, which passes no threshold, of the tile's scores past the range."""
+        block, plan = self.block, self.plan
+        place = (first + block.warp * (WARP * plan.vectors) + block.lane) * 4
+        return [
+            [
+                block.select(place + (4 * WARP * j + n) < self.end, x, _NAN_BITS)
+                for n, x in enumerate(vector)
+            ]
+            for j, vector in enumerate(tile)
+        ]
+
+    def count(self, tile, limit, turn):
+        """Counts the scores that reach the limit.
+
+        Returns:
+            Of the lanes before one's own in the warp, and of the warp, by vector in 8 bits each; of
+            the warps before one's own; of the CTA.
+        """
+        block = self.block
+        found = block.constant(0)
+        for j, vector in enumerate(tile):
+            for x in vector:
+                found = block.add_where(block.at_least(x, limit), found, 1 << (8 * j))
+        inclusive = block.scan(found)  # a warp has at most 128 in a vector
+        sums = block.shuffle(inclusive, WARP - 1)
+        mine = sum((sums >> (8 * j)) & 0xFF for j in range(self.plan.vectors))
+        return inclusive - found, sums, *share_warp_totals(block, self.totals, mine, turn)
+
+    def append(self, first, tile, limit, position, before, sums):
+        """Writes the scores that reach the limit into the buffer: by vector, lane and element."""
+        block, plan = self.block, self.plan
+        place = (first + block.warp * (WARP * plan.vectors) + block.lane) * 4
+
+        def write(_):
+            start = position
+            for j, vector in enumerate(tile):
+                slot = start + ((before >> (8 * j)) & 0xFF)
+                for n, x in enumerate(vector):
+                    passes = block.at_least(x, limit)
+                    block.store(self.keys, slot, ordered_number(block, x), where=passes)
+                    block.store(self.columns, slot, place + (4 * WARP * j + n), where=passes)
+                    slot = block.add_where(passes, slot, 1)
+                start = start + ((sums >> (8 * j)) & 0xFF)
+            return ()
+
+        block.when(sums != 0, write)
+
+    def keep(self, cut, count, sink, keep=compaction.keep):
+        """Hands the buffer's winners to a sink, in order."""
+        arguments = self.cut_totals, self.keys, self.load_columns, cut, count, sink
+        keep(self.block, *arguments)
+
+    def load_columns(self, at):
+        """The places of four buffer entries."""
+        if self.plan.whole_row:
+            return [self.first_vector * 4 + at + n for n in range(4)]
+        return self.block.load4(self.columns, at)
+
+    def move(self, slot, key, column, where):
+        """A sink: the front of the buffer."""
+        self.block.store(self.keys, slot, key, where=where)
+        self.block.store(self.columns, slot, column, where=where)
+
+    def stage(self, slot, key, column, where):
+        """A sink: the front of the keys, which nobody needs any more, becomes the row's result."""
+        del key
+        self.block.store(self.keys, slot, column - self.scores.skew, where=where)
+
+    def emit(self, cut, count):
+        """Writes the winners to the row of the result."""
+        self.keep(cut, count, self.stage)
+        self.copy_out(self.plan.topk)
+
+    def copy_out(self, length):
+        """Writes what is staged; lanes that follow each other write words that do."""
+        block = self.block
+        block.barrier()
+
+        def slots(i, carry):
+            slot = i + block.thread
+            column = block.load(self.keys, slot)
+            block.store_global(self.out, slot, column, where=slot < length)
+            return carry
+
+        block.loop(0, length, block.threads, (), slots)
+
+
+def ordered_number(block, x):
+    """The key of a float that is not NaN: uint32 that sort as the floats do, -0.0 equal to 0.0."""
+    x = block.without_negative_zero(x)
+    return x ^ (block.sign(x) | 1 << 31)
+
+
+def ordered(block, x):
+    """The key of a float; NaN below all numbers."""
+    return block.select(block.at_least(x, x), ordered_number(block, x), _NAN)
+
+
+def unordered(block, key):
+    """The float of a key; the key above infinity's gives NaN."""
+    return key ^ block.select(key >= 1 << 31, 1 << 31, 0xFFFFFFFF)

@@ -100,11 +100,11 @@ class _Shared:
     tail: Any  # bf16 [2 or 3, 64, 64]
     query_last: Any  # bf16 [64, 64]: the last columns of the latent
     query_tail: Any  # bf16 [64, 64]
-    indices: Any  # i32 [INDEX_SLOTS, 64]
+    picked: Any  # i32 [INDEX_SLOTS, 64]: indices of the tiles
     factors: Any  # f32 [4, 64]: of the accumulator, one row a slot; the last holds Landing's words
     query_full: Any
     query_read: Any  # SCORES has taken the queries out of the ring
-    indices_full: Any
+    picked_full: Any
     weighed: Any  # P and the factors of the slot are there
     scored: Any  # S of the tile after the slot's is done (or there is none): P V may start
     tail_read: Any  # LEFT no longer needs P
@@ -184,8 +184,8 @@ class _Loader:
     def _fetch_indices(self, work, tile, index_slot):
         plgpu.copy_gmem_to_smem(
             self.indices.at[self.plan.query(work), pl.ds(tile * KEYS, KEYS)],
-            self.s.indices.at[index_slot],
-            self.s.indices_full.at[index_slot],
+            self.s.picked.at[index_slot],
+            self.s.picked_full.at[index_slot],
         )
 
     def load(self, entry: _Entry, place: _Place, part: int):
@@ -205,7 +205,7 @@ class _Loader:
         @pl.when(jnp.logical_and(more, entry.tile >= 0))
         def _():
             if part == 0:
-                plgpu.barrier_wait(self.s.indices_full.at[entry.index_slot])
+                plgpu.barrier_wait(self.s.picked_full.at[entry.index_slot])
             self._gather(entry, target, self.first_column, place.slot, part)
 
     def load_tail(self, entry: _Entry, place: _Place):
@@ -239,7 +239,7 @@ class _Loader:
             return
         gather_rows(
             self.kv,
-            s.indices.at[entry.index_slot],
+            s.picked.at[entry.index_slot],
             target,
             s.tail_landing if part is None else self.landings[min(part, 1)],
             slot,
@@ -283,10 +283,10 @@ def _scores(plan: _Plan, tiles, full, lse, s: _Shared):
 
     def score(query, j, place, previous, index_slot, phases, tail_phases, masked):
         """Raw S. It starts from -inf where there is no key: so the softmax needs no mask."""
-        plgpu.barrier_wait(s.indices_full.at[index_slot])
+        plgpu.barrier_wait(s.picked_full.at[index_slot])
         start = plgpu.layout_cast(jnp.zeros((HEADS, KEYS), jnp.float32), plgpu.Layout.WGMMA)
         if masked:
-            index = plgpu.load(s.indices.at[index_slot], layout=column)
+            index = plgpu.load(s.picked.at[index_slot], layout=column)
             exists = jnp.logical_and(index >= 0, index < plan.rows)
             mask = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
             start = lax.broadcast_in_dim(mask, (HEADS, KEYS), (1,))
@@ -441,14 +441,14 @@ def _values(plan: _Plan, side: int, q, kv, indices, tiles, out, s: _Shared):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(q, kv, indices, tiles, full, out, lse, *scratch, plan: _Plan):
+def _kernel(q, kv, indices, tiles, full, out, lse, *, plan: _Plan, **shared):
     rings = [SLOTS] * 4 + [plan.tails]
-    words = scratch[14:] if plan.interpret else [scratch[6]] * len(rings)
+    words = shared.pop("landed", [shared["factors"]] * len(rings))
     *landings, tail_landing = (
         Landing(ref, 4 * SLOTS * HEADS + 32 * i, slots, plan.interpret)
         for i, (ref, slots) in enumerate(zip(words, rings, strict=True))
     )
-    s = _Shared(*scratch[:14], landings, tail_landing)
+    s = _Shared(**shared, landings=landings, tail_landing=tail_landing)
     role = lax.axis_index("role")
 
     @pl.when(role == SCORES)
@@ -465,31 +465,62 @@ def _kernel(q, kv, indices, tiles, full, out, lse, *scratch, plan: _Plan):
 
 
 def _scratch(plan: _Plan):
-    def tile(count, width):
-        return plgpu.SMEM((count, KEYS, width), jnp.bfloat16, transforms=TILE)
+    def tile(*shape):
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILE)
 
-    return [
-        tile(SLOTS, plan.half),
-        tile(SLOTS, plan.half),
-        tile(plan.tails, KEYS),
-        plgpu.SMEM((HEADS, CHUNK), jnp.bfloat16, transforms=TILE),
-        plgpu.SMEM((HEADS, CHUNK), jnp.bfloat16, transforms=TILE),
-        plgpu.SMEM((INDEX_SLOTS, KEYS), jnp.int32),
-        plgpu.SMEM((SLOTS + 1, HEADS), jnp.float32),
-        plgpu.Barrier(num_arrivals=3 if plan.tail else 2, num_barriers=SLOTS),
-        plgpu.Barrier(num_barriers=SLOTS),
-        plgpu.Barrier(num_barriers=INDEX_SLOTS),
-        plgpu.Barrier(num_barriers=SLOTS),
-        plgpu.Barrier(num_barriers=SLOTS),
-        plgpu.Barrier(num_barriers=plan.tails),
-        plgpu.Barrier(),
-        *[plgpu.Barrier(num_barriers=n) for n in [SLOTS] * 4 + [plan.tails] if plan.interpret],
-    ]
+    scratch = {
+        "left": tile(SLOTS, KEYS, plan.half),
+        "right": tile(SLOTS, KEYS, plan.half),
+        "tail": tile(plan.tails, KEYS, CHUNK),
+        "query_last": tile(HEADS, CHUNK),
+        "query_tail": tile(HEADS, CHUNK) if plan.tail else None,
+        "picked": plgpu.SMEM((INDEX_SLOTS, KEYS), jnp.int32),
+        "factors": plgpu.SMEM((SLOTS + 1, HEADS), jnp.float32),
+        "query_full": plgpu.Barrier(num_arrivals=3 if plan.tail else 2, num_barriers=SLOTS),
+        "query_read": plgpu.Barrier(num_barriers=SLOTS),
+        "picked_full": plgpu.Barrier(num_barriers=INDEX_SLOTS),
+        "weighed": plgpu.Barrier(num_barriers=SLOTS),
+        "scored": plgpu.Barrier(num_barriers=SLOTS),
+        "tail_read": plgpu.Barrier(num_barriers=plan.tails),
+        "started": plgpu.Barrier(),
+    }
+    if plan.interpret:
+        scratch["landed"] = [plgpu.Barrier(num_barriers=n) for n in [SLOTS] * 4 + [plan.tails]]
+    return scratch
 
 
-@functools.partial(jax.jit, static_argnames=("value_width", "scale", "sms", "interpret"))
-def forward(q, kv, indices, *, value_width: int, scale: float, sms: int = 132, interpret=None):
-    """`(out [B, T, N, value_width], lse [B, T, N])`; see `unsupported` for what it serves."""
+def unsupported(q, kv, *, value_width: int, scale: float) -> str | None:
+    """Why this kernel cannot serve such a call; None where it can."""
+    if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
+        return f"q and kv are {q.dtype} and {kv.dtype}, the kernel takes bfloat16"
+    if value_width not in (256, 512):
+        return f"value_width is {value_width}, the kernel takes 256 or 512"
+    if q.shape[-1] - value_width not in (0, KEYS):
+        return (
+            f"q and kv have {q.shape[-1]} columns, the kernel takes value_width = {value_width}, "
+            f"or {KEYS} more"
+        )
+    if scale <= 0:
+        return f"scale is {scale}, the kernel takes a positive one"
+    return None
+
+
+@functools.partial(
+    jax.jit, static_argnames=("value_width", "scale", "workspace_bytes", "sms", "interpret")
+)
+def forward(
+    q,
+    kv,
+    indices,
+    *,
+    value_width: int,
+    scale: float,
+    workspace_bytes: int = 0,
+    sms: int = 132,
+    interpret=None,
+):
+    """`(out [B, T, N, value_width], lse [B, T, N])`; needs no workspace."""
+    del workspace_bytes
     batch, queries, heads, width = q.shape
     groups = pl.cdiv(heads, HEADS)
     cluster = 2 if groups % 2 == 0 else 1

@@ -24,7 +24,8 @@ eo,el=exact(cq,ckv,crows); fin=np.isfinite(el)
 say("exact")
 data={}
 for s in sizes:
-    q,kv=b.inputs(rng,b.T,b.N,s); rows=b.selections(rng,1024,s,b.K,"random"); rows=np.concatenate([rows]*1+[rows[:,::-1],rows[:,rng.permutation(1024)],rows[:,rng.permutation(1024)]],1)
+    q=jnp.asarray(rng.standard_normal((1,256,b.N,576),np.float32),jnp.bfloat16); q=jnp.concatenate([q]*16,1); kv=jnp.asarray(rng.standard_normal((1,s,576),np.float32),jnp.bfloat16)
+    rows=b.selections(rng,256,s,b.K,"random"); rows=np.concatenate([np.sort((rows+rng.integers(s))%s,-1) for _ in range(16)],1).astype(np.int32)
     data[s]=(q,kv,jnp.asarray(rows))
 say("data")
 for v in sys.argv[2:]:

@@ -79,7 +79,7 @@ def sparse_attention(
     checks.dtype(op, checks.FLOATS, q=q, kv=kv)
     value_width = checks.positive_int(op, "value_width", value_width, at_most=lengths["C+R"])
     scale = checks.scale(op, scale)
-    unsupported = forward_sm90.unsupported(q, kv, value_width=value_width, scale=scale)
+    unsupported = forward_sm90.unsupported(q, kv, value_width=value_width)
     config = _Config(
         value_width=value_width,
         scale=scale,

@@ -491,7 +491,7 @@ def _scratch(plan: _Plan):
     return scratch
 
 
-def unsupported(q, kv, *, value_width: int, scale: float) -> str | None:
+def unsupported(q, kv, *, value_width: int) -> str | None:
     """Why this kernel cannot serve such a call; None where it can."""
     if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
         return f"q and kv are {q.dtype} and {kv.dtype}, the kernel takes bfloat16"
@@ -502,8 +502,6 @@ def unsupported(q, kv, *, value_width: int, scale: float) -> str | None:
             f"q and kv have {q.shape[-1]} columns, the kernel takes value_width = {value_width}, "
             f"or {KEYS} more"
         )
-    if scale <= 0:
-        return f"scale is {scale}, the kernel takes a positive one"
     return None
 
 

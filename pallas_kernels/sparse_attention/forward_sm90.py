@@ -233,7 +233,7 @@ class _Loader:
 
     def _gather(self, entry, target, first_column, slot, part):
         half, s = self.plan.half, self.s
-        middle, most = self.plan.middle, half - int(TUNE.get('late', CHUNK))
+        middle, most = self.plan.middle, half - int(TUNE.get("late", CHUNK))
         columns = {None: (0, CHUNK), 0: (0, middle), 1: (middle, most), 2: (most, half)}[part]
         if columns[0] == columns[1]:
             return
@@ -360,7 +360,8 @@ def _values(plan: _Plan, side: int, q, kv, indices, tiles, out, s: _Shared):
     loader = _Loader(plan, side, q, kv, indices, tiles, s)
     values = loader.ring
     parts = [pl.ds(0, plan.middle), pl.ds(plan.middle, plan.half - plan.middle)]
-    if 'n256' in TUNE: parts = [pl.ds(0, plan.half)]
+    if "n256" in TUNE:
+        parts = [pl.ds(0, plan.half)]
 
     def weigh(accs, place, late, entry):
         """One tile's P V. Loads meanwhile what is `late`, and `entry` where P V has passed."""
@@ -378,7 +379,7 @@ def _values(plan: _Plan, side: int, q, kv, indices, tiles, out, s: _Shared):
             for i, part in enumerate(parts)
         ]
         steps.append(lambda: loader.load(*late, 2))
-        if entry is not None and 'n256' not in TUNE:
+        if entry is not None and "n256" not in TUNE:
             steps += [Until(1), first_columns]
         accs = multiply_add(accs, steps, plan.interpret)
         if side == LEFT:
@@ -405,7 +406,8 @@ def _values(plan: _Plan, side: int, q, kv, indices, tiles, out, s: _Shared):
             accs, place, ahead, late = carry
             accs = weigh(accs, place, late, ahead[1])
             warpgroup_barrier(plan.interpret)
-            if 'n256' in TUNE: loader.load(ahead[1], place, 0)
+            if "n256" in TUNE:
+                loader.load(ahead[1], place, 0)
             return accs, place.next(plan), *refill(place, ahead)
 
         accs = [

@@ -113,6 +113,7 @@ def gather_rows(
     columns: tuple[int, int],
     arrive: bool,
     skip=False,
+    hint="128B",
 ) -> None:
     """Starts `tile[r, c] = table[first_row + indices[r], first_column + c]` for some columns c.
 
@@ -181,7 +182,7 @@ def gather_rows(
             number = arith.addi(base, arith.extui(i64, index))
             address = arith.addi(source, arith.muli(number, arith.constant(i64, row_bytes)))
             copies = "\n".join(
-                "cp.async.cg.shared.global.L2::128B "
+                f"cp.async.cg.shared.global.L2::{hint} "
                 f"[$2 + {2 * step * eight_rows + chunk * _TILE_BYTES}], "
                 f"[$0 + {chunk * 2 * TILE_COLUMNS}], 16, $1;"
                 for chunk in chunks

@@ -249,6 +249,7 @@ class _Loader:
             columns=columns,
             arrive=part != 1,
             skip="nogather" in TUNE,
+            hint=TUNE.get("hint", "128B"),
         )
 
 
@@ -525,7 +526,7 @@ def forward(
     del workspace_bytes
     batch, queries, heads, width = q.shape
     groups = pl.cdiv(heads, HEADS)
-    cluster = 2 if groups % 2 == 0 else 1
+    cluster = 2 if groups % 2 == 0 and 'solo' not in TUNE else 1
     work = batch * queries * groups // cluster
     plan = _Plan(
         queries=queries,

@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	@$(VENV)/bin/python -m train demo $(ARGS)
 
-test: lint types unit aot
+test: lint types unit
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

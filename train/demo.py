@@ -77,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         console.print(str(stop), style="yellow", markup=False, highlight=False)
         return 130
+    except KeyboardInterrupt:  # between two stages
+        console.print("stopped; the same command goes on", style="yellow")
+        return 130
     return 0
 
 
@@ -93,10 +96,7 @@ def run(config: DemoConfig, console: Console) -> Path:
     settings = {"preset": name, "seeds": config.seeds, "seed": config.seed, **to_dict(preset)}
     folder = claim_folder(config.output, settings)
     lengths = (preset.length, preset.long_length)
-    # One byte less than a row: the tokenizer puts its mark before each.
-    text = corpus.write(
-        folder / "text", length=preset.length - 1, held_out_lengths=[n - 1 for n in lengths]
-    )
+    text = corpus.write(folder / "text", length=preset.length, held_out_lengths=lengths)
     console.print(
         f"{text.train_bytes:,} bytes of the King James Version to train on; held out: "
         f"{', '.join(corpus.HELD_OUT)} ({text.held_out_bytes:,} bytes). Run in {folder}",
@@ -186,6 +186,7 @@ class _Seed:
             sequence_length=p.length,
             compute_dtype=p.compute_dtype,  # pyright: ignore[reportArgumentType]
             seed=self.seed,
+            remat="none",  # activations of rows this short fit: recomputing would only cost time
         )
         return stage_plan.apply(base, stage)
 
@@ -221,7 +222,7 @@ class _Seed:
             "rates": stage_plan.rates(result.config.stage),
             "metrics": result.metrics_path.relative_to(self.root).as_posix(),
             "checkpoint": result.checkpoint_dir.relative_to(self.root.absolute()).as_posix(),
-            "model": str(result.model_dir),
+            "model": f"seed-{self.seed}/{name}/model",
         }
 
     def evaluate(self, models: Mapping[str, Transformer]) -> dict[str, Any]:
@@ -272,12 +273,21 @@ class _Seed:
         return Windows(self.preset.local, self.preset.sink, self.preset.buckets)
 
     def data(self, path: Path) -> DataConfig:
-        """A file of rows as documents: with the mark before it, each fills a row of the model."""
-        return DataConfig(sources=(str(path),), mark_end=False, token_cache=self.root / "tokens")
+        """A file of rows as documents, each of which fills a row of the model.
+
+        Without marks: attention would rest on a mark at the start, and a control that does not
+        keep that one key would fail for that reason alone.
+        """
+        return DataConfig(
+            sources=(str(path),),
+            mark_start=False,
+            mark_end=False,
+            token_cache=self.root / "tokens",
+        )
 
     def held_out(self, length: int, count: int) -> list[Batch]:
         """Rows of the held-out books."""
-        data = self.data(self.text.held_out[length - 1])
+        data = self.data(self.text.held_out[length])
         documents = open_corpus(data, self.preset.model.vocab_size, self.root / "tokens")
         rows = Rows(documents, length)
         return held_out(rows, count=count, batch_size=self.preset.score_batch)
@@ -285,15 +295,15 @@ class _Seed:
     def sample(self, model: Transformer) -> dict[str, str]:
         """The model goes on where a held-out passage begins to be quoted."""
         tokenizer = ByteTokenizer()
-        held = self.text.held_out[self.preset.length - 1].read_text(encoding="utf-8")
+        held = self.text.held_out[self.preset.length].read_text(encoding="utf-8")
         text = json.loads(held.split("\n")[self.seed])["text"]
         opening = text.index(corpus.QUOTE) + 1
         prompt = text[: text.index(" ", opening) + 1]
         self.console.print("writing a sample")
         made = generate(
             model,
-            [[tokenizer.bos, *tokenizer.encode(prompt)]],
-            max_new_tokens=self.preset.length - len(prompt) - 1,
+            [tokenizer.encode(prompt)],
+            max_new_tokens=self.preset.length - len(prompt),
         )
         return {
             "prompt": prompt,
@@ -373,6 +383,7 @@ def _measure_cost(preset: Preset, console: Console) -> dict[str, Any]:
             preset.cost_shape,
             preset.cost_positions,
             tokens=4,
+            repeats=9,
             report=lambda position: progress.advance(task),
         )
     return {

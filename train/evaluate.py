@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -299,40 +300,32 @@ def bucket_edges(topk: int, length: int, buckets: int = 6) -> tuple[int, ...]:
     return tuple(int(edge) for edge in np.unique(edges))
 
 
+_COLUMNS = {
+    "recall": "mass_recall",
+    "worst": "mass_recall/min",
+    "oracle": "oracle_mass",
+    "overlap": "overlap",
+    "KL": "kl",
+    "entropy": "entropy_fraction",
+}
+"""Columns of the table and the metrics they show; `worst` is the layer of the lowest recall."""
+
+
 def table(results: Mapping[str, Evaluation], title: str) -> Table:
-    """The evaluations as one table, differences against the first of them."""
-    out = Table(title=title)
-    for column in (
-        "keys chosen by",
-        "nats/token",
-        "gap",
-        "mass recall",
-        "min layer",
-        "oracle mass",
-        "overlap",
-        "KL",
-        "entropy",
-    ):
-        out.add_column(column, justify="left" if column == "keys chosen by" else "right")
+    """The evaluations as one table, 80 columns wide; gaps are to the first of them."""
+    out = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    out.add_column("keys", no_wrap=True)
+    for column in ("nats/token", "gap", *_COLUMNS):
+        out.add_column(column, justify="right", no_wrap=True)
     reference = next(iter(results.values()))
     for name, result in results.items():
         gap = result.gap(reference)
         summary = result.sums.summary() if result.sums is not None else {}
-        cells = [
-            summary.get(key, math.nan)
-            for key in (
-                "mass_recall",
-                "mass_recall/min",
-                "oracle_mass",
-                "overlap",
-                "kl",
-                "entropy_fraction",
-            )
-        ]
+        cells = [summary.get(metric, math.nan) for metric in _COLUMNS.values()]
         out.add_row(
             name,
             f"{result.cross_entropy:.4f}",
-            f"{gap.mean:+.4f} ± {gap.stderr:.4f}",
+            f"{gap.mean:+.4f}±{gap.stderr:.4f}",
             *("–" if math.isnan(cell) else f"{cell:.3f}" for cell in cells),
         )
     return out

@@ -115,6 +115,11 @@ def training(results: Results, curves: Curves) -> Figure:
     right.set(
         title="From the same checkpoint on", xlabel="step", ylabel="training loss (nats/byte)"
     )
+    # The first sparse steps can be far off: the scale is set by the later ones.
+    later = [v for run in curves for name in ("sparse", "control")
+             for v in _series(run[name], "lm_loss")[1][len(run[name]) // 20 :]]  # fmt: skip
+    if later:
+        right.set_ylim(min(later) - 0.05, max(later) + 0.25 * (max(later) - min(later)))
     _legend_once(right)
     _legend_once(middle)
     return figure

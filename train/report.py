@@ -198,13 +198,16 @@ def _headline(results: Results) -> str:
     def losses(name: str) -> str:
         return mean_and_range([run["ladder"][name]["cross_entropy"] for run in runs])
 
-    gap = mean_and_range([run["ladder"]["sparse"]["gap_to_control"][0] for run in runs])
+    gaps = [run["ladder"]["sparse"]["gap_to_control"] for run in runs]
+    gap = mean_and_range([mean for mean, _ in gaps])
+    error = ", ".join(number(stderr) for _, stderr in gaps)
     k, length = results["topk"], results["length"]
     return (
         f"A model that attends to **{k} keys of up to {length}** ({k / length:.1%} at the end of a "
         "row; DeepSeek-V3.2-Exp keeps 2048 of 131072, 1.6 %) reaches "
         f"**{losses('sparse')} nats/byte** on held-out books. The dense control, trained on the "
-        f"same tokens from the same checkpoint, reaches {losses('control')}: the gap is **{gap}**. "
+        f"same tokens from the same checkpoint, reaches {losses('control')}: the gap is **{gap}** "
+        f"(standard error over rows: {error}). "
         f"With the untrained indexer the dense weights give {losses('untrained')}, after warm-up "
         f"{losses('warmed')}; the best any choice of {k} keys does for them is "
         f"{losses('oracle')}. ({_seeds(results).capitalize()}.)"

@@ -74,7 +74,8 @@ def test_good_arguments_pass(name):
     jax.eval_shape(lambda: call(name))
 
 
-@pytest.mark.parametrize("name", OPS)
+# select_topk's kernel serves good arguments; what it refuses stands in its own tests.
+@pytest.mark.parametrize("name", [name for name in OPS if name != "select_topk"])
 def test_mosaic_says_why_it_cannot(name):
     with pytest.raises(UnsupportedError, match=f"{name}: implementation='mosaic' cannot serve"):
         call(name, implementation="mosaic")

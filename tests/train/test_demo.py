@@ -1,6 +1,7 @@
 """The demo from its command to its report, at the smallest size that still selects keys."""
 
 import dataclasses
+import io
 import json
 
 import jax
@@ -97,10 +98,17 @@ def tiny_preset():
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Two dozen programs that run for milliseconds each: not worth the compiler's best."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished demo's folder, and what the terminal showed."""
-    root = tmp_path_factory.mktemp("demo")
+def source(tmp_path_factory):
+    """A little Bible of seven books."""
     rng = np.random.default_rng(0)
     words = ["and", "the", "king", "of", "Israel", "went", "up", "to", "house", "David"]
     verses = [
@@ -108,14 +116,25 @@ def finished(tmp_path_factory):
         for book in (*corpus.HELD_OUT, "Genesis", "Exodus")
         for _ in range(12)
     ]
-    source = root / "kjv.jsonl"
-    source.write_text("".join(json.dumps(verse) + "\n" for verse in verses))
-    console = Console(record=True, width=120, file=(root / "terminal").open("w"))
+    path = tmp_path_factory.mktemp("source") / "kjv.jsonl"
+    path.write_text("".join(json.dumps(verse) + "\n" for verse in verses))
+    return path
+
+
+def run_demo(source, output):
+    """The tiny demo; returns its folder and what the terminal showed."""
+    console = Console(record=True, width=120, file=io.StringIO())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "locate", lambda: source)
         patch.setitem(demo_presets.PRESETS, "smoke", tiny_preset)
-        folder = demo.run(demo.DemoConfig(output=root / "run", smoke=True), console)
+        folder = demo.run(demo.DemoConfig(output=output, smoke=True), console)
     return folder, console.export_text()
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    """A finished demo's folder, and what the terminal showed."""
+    return run_demo(source, tmp_path_factory.mktemp("demo") / "run")
 
 
 def test_the_results_have_every_rung(finished):
@@ -177,6 +196,20 @@ def test_everything_is_on_disk(finished):
     assert "Claims" in text
 
 
+def test_a_demo_that_was_stopped_goes_on(finished, source):
+    """After the last stage, before the report: no step is taken again, and all numbers agree."""
+    folder, _ = finished
+    old = json.loads((folder / "results.json").read_text())
+    for name in ("report.md", "results.json", "metrics.jsonl"):
+        (folder / name).unlink()
+    again, text = run_demo(source, folder)
+    assert again == folder
+    assert "resumed" in text
+    new = json.loads((folder / "results.json").read_text())
+    for key in ("ladder", "long_ladder", "sweep", "checks", "stages", "sample"):
+        assert new["runs"][0][key] == old["runs"][0][key], key
+
+
 def test_the_report_can_be_written_again(finished):
     folder, _ = finished
     before = (folder / "report.md").read_text()
@@ -214,14 +247,15 @@ def test_a_model_is_found_in_whatever_a_run_left(finished):
         load_model(folder / "text")
 
 
-def test_the_evaluate_command_agrees_with_the_demo(finished, capsys):
+def test_the_evaluate_command_agrees_with_the_demo(finished, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal wraps the headings
     folder, _ = finished
     run = folder / "seed-0" / "sparse"
     output = folder / "evaluation.json"
     arguments = ["evaluate", str(run), "--controls", "indexer", "--output", str(output)]
     arguments += ["--sequence-length", "32", "--rows", "4", "--batch-size", "2", "--local", "4"]
-    arguments += ["--compute-dtype", "float32", "--data.no-mark-end"]
-    arguments += ["--data.sources", str(folder / "text" / "held-out-31.jsonl")]
+    arguments += ["--compute-dtype", "float32", "--data.no-mark-start", "--data.no-mark-end"]
+    arguments += ["--data.sources", str(folder / "text" / "held-out-32.jsonl")]
     assert main(arguments) == 0
     assert "nats/token" in capsys.readouterr().out
     found = json.loads(output.read_text())["indexer"]

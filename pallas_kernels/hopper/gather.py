@@ -172,6 +172,7 @@ def gather_rows(
         start = arith.addi(arith.muli(piece, word(16)), word(2 * first_column))
         source = arith.addi(llvm.ptrtoint(i64, pointer), arith.extui(i64, start))
         base = arith.extsi(i64, first_row.registers.item())
+        source = arith.addi(source, arith.muli(base, arith.constant(i64, row_bytes)))
         wanted = []
         for step in range(count // 16):
             at = arith.addi(row, word(16 * step))
@@ -180,8 +181,11 @@ def gather_rows(
             inside = arith.cmpi(arith.CmpIPredicate.ult, index, word(rows))
             index = arith.select(inside, index, word(0))
             size = arith.select(inside, word(16), word(0))  # 0 reads nothing and writes zeros
-            number = arith.addi(base, arith.extui(i64, index))
-            address = arith.addi(source, arith.muli(number, arith.constant(i64, row_bytes)))
+            if rows * row_bytes <= 2**32:
+                offset = arith.extui(i64, arith.muli(index, word(row_bytes)))
+            else:
+                offset = arith.muli(arith.extui(i64, index), arith.constant(i64, row_bytes))
+            address = arith.addi(source, offset)
             copies = "\n".join(
                 "cp.async.cg.shared.global.L2::128B "
                 f"[$2 + {2 * step * eight_rows + chunk * _TILE_BYTES}], "

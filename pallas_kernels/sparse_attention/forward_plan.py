@@ -38,6 +38,7 @@ class Plan:
     work: int  # pieces: a query and the head groups of a cluster
     clusters: int
     cluster: int  # CTAs of a cluster: 2 or 1
+    sweep: bool  # whether every second piece of work takes its tiles from the last to the first
     interpret: bool
 
     @property
@@ -57,6 +58,14 @@ class Plan:
     def query(self, work):
         """The query of a piece of work, counted through the batch."""
         return lax.div(work, jnp.int32(self.groups // self.cluster))
+
+    def backwards(self, work):
+        """Whether this piece of work starts with its last tile.
+
+        Queries that run at the same time are at about the same place in their ascending keys. What
+        they read last is still in the L2 when the next start there.
+        """
+        return jnp.logical_and(self.sweep, lax.rem(lax.div(work, self.clusters), 2) == 1)
 
     def heads(self, work):
         """The heads that this CTA serves."""

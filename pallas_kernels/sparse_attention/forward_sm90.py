@@ -52,6 +52,8 @@ from pallas_kernels.sparse_attention.forward_plan import (
     Shared,
 )
 
+# Keys that do not all fit half the L2 of an H100 are worth reading forth and back.
+SWEEP_BYTES = 25 * 2**20
 _REGISTERS = {SCORES: 184, LEFT: 160, RIGHT: 160}
 
 
@@ -118,7 +120,8 @@ def unsupported(q, kv, *, value_width: int) -> str | None:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("value_width", "scale", "workspace_bytes", "sms", "interpret")
+    jax.jit,
+    static_argnames=("value_width", "scale", "workspace_bytes", "sms", "sweep", "interpret"),
 )
 def forward(
     q,
@@ -129,6 +132,7 @@ def forward(
     scale: float,
     workspace_bytes: int = 0,
     sms: int = 132,
+    sweep: bool | None = None,
     interpret=None,
 ):
     """`(out [B, T, N, value_width], lse [B, T, N])`; needs no workspace."""
@@ -147,6 +151,7 @@ def forward(
         work=work,
         clusters=min(sms // cluster, work),
         cluster=cluster,
+        sweep=kv.shape[1] * width * 2 > SWEEP_BYTES if sweep is None else sweep,
         interpret=interpret is not None,
     )
     q = jnp.pad(q, ((0, 0), (0, 0), (0, groups * HEADS - heads), (0, 0)))

@@ -21,6 +21,8 @@ SHAPES = {  # B, T, S, N, C, R, K
     "256 heads, narrow": (1, 33, 700, 256, 256, 64, 192),
     "one query": (1, 1, 64, 128, 512, 64, 64),
     "fewer keys than a tile": (2, 9, 5, 128, 512, 64, 5),
+    "more keys than the L2 holds, some forth and some back": (1, 300, 30000, 128, 512, 64, 448),
+    "elements beyond 2**31": (1, 5, 3_800_000, 16, 512, 64, 128),
 }
 SCALE = 0.5
 
@@ -30,7 +32,7 @@ def arguments(name):
     batch, queries, keys, heads, latent, rope, selected = SHAPES[name]
     rng = np.random.default_rng()
     q = rng.standard_normal((batch, queries, heads, latent + rope)) / 10
-    kv = rng.standard_normal((batch, keys, latent + rope)) / 10
+    kv = rng.standard_normal((batch, keys, latent + rope), np.float32) / 10
     indices = np.full((batch, queries, selected), -1, np.int32)
     for row, (b, t) in enumerate(np.ndindex(batch, queries)):
         count = [selected, 0, 1, min(selected, 64), rng.integers(selected + 1)][row % 5]

@@ -74,7 +74,26 @@ def test_unselected_rows_may_hold_anything():
     out, lse = sparse_attention(
         q, kv, Selection(indices), value_width=latent, scale=SCALE, implementation="mosaic"
     )
-    assert not jnp.isnan(out).any() and not jnp.isnan(lse).any()
+    assert not jnp.isnan(out).any()
+    assert not jnp.isnan(lse).any()
+
+
+def test_scores_that_grow():
+    """From the first keys to the last by more than the exponent of fp32 spans."""
+    q, kv, indices, latent = arguments("deepseek")
+    ramp = jnp.linspace(0, 256, kv.shape[1]).astype(kv.dtype)
+    q, kv = q.at[..., 0].set(2), kv.at[..., 0].set(ramp)
+
+    def attend(q, kv, implementation):
+        return sparse_attention(
+            q, kv, Selection(indices),
+            value_width=latent, scale=SCALE, implementation=implementation,
+        )  # fmt: skip
+
+    out, lse = attend(q, kv, "mosaic")
+    expected, expected_lse = attend(q.astype(jnp.float32), kv.astype(jnp.float32), "xla")
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=3.01 / 128, atol=8e-4)
+    np.testing.assert_allclose(lse, expected_lse, rtol=2.01 / 65536, atol=1e-6)
 
 
 def test_gradient():

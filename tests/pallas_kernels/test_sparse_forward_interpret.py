@@ -14,20 +14,25 @@ from pallas_kernels.sparse_attention import forward_sm90, reference
 OUT = 2**-7
 LSE = 2e-6  # fp32
 
-CASES = {  # B, T, S, N, C, R, K, CTAs, sweep
+CASES = {  # B, T, S, N, C, R, K, growth, CTAs, sweep
     # One CTA, so that queries follow each other through the ring; more keys than fit its slots.
-    "a query after the other": (1, 3, 300, 64, 256, 64, 256, 1, True),
-    "batch, both halves of the heads": (2, 1, 100, 128, 256, 64, 64, 2, False),
-    "no tail, heads padded, K off the tile": (1, 3, 300, 16, 256, 0, 270, 1, False),
+    "a query after the other": (1, 3, 300, 64, 256, 64, 256, 0, 1, True),
+    "batch, both halves of the heads": (2, 1, 100, 128, 256, 64, 64, 0, 2, False),
+    # From the first keys to the last the scores grow by more than the exponent of fp32 spans.
+    "growing scores, no tail, heads padded, K off the tile": (
+        (1, 3, 300, 16, 256, 0, 270, 2560, 1, False)
+    ),
 }
 
 
-def arguments(batch, queries, keys, heads, latent, rope, selected, seed=0):
+def arguments(batch, queries, keys, heads, latent, rope, selected, growth, seed=0):
     """Rows with all, no, one and some keys, with indices outside the keys among them."""
     rng = np.random.default_rng(seed)
     width = latent + rope
     q = jnp.asarray(rng.standard_normal((batch, queries, heads, width)), jnp.bfloat16)
     kv = rng.standard_normal((batch, keys, width))
+    if growth:
+        q, kv[..., 0] = q.at[..., 0].set(8), np.linspace(0, growth / 8, keys)
     indices = np.full((batch, queries, selected), -1, np.int32)
     for row, (b, t) in enumerate(np.ndindex(batch, queries)):
         count = [selected, selected // 2 + 3, 0, 1][row % 4]

@@ -22,6 +22,7 @@ OPS = {
     "dense_attention_grad": ("benchmarks.attention:backward", "bf16"),
     "indexer_kl_dense": ("benchmarks.indexer_loss:dense", "bf16"),
     "grouped_matmul": ("benchmarks.grouped:products", "bf16"),
+    "sparse_attention": ("benchmarks.sparse_attention:forward", "bf16"),
 }
 
 
@@ -32,7 +33,10 @@ def function(name: str) -> Callable[[Sequence[int], Sequence[int]], Iterator[dic
 
 
 # What tells one figure from another; measured again, it replaces the old one.
-IDENTITY = ("op", "kind", "rows", "queries", "keys", "topk", "workspace_bytes", "shape", "groups")
+IDENTITY = (
+    *("op", "kind", "shape", "groups", "batch", "rows"),
+    *("queries", "keys", "topk", "workspace_bytes"),
+)
 
 
 class Results:

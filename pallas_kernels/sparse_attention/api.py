@@ -11,19 +11,17 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import checks
 from pallas_kernels.dispatch import Implementation, choose
-from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention import forward_sm90, reference
 from pallas_kernels.sparse_attention.pages import CachePages, Fp8Pages
 from pallas_kernels.tiling import WORKSPACE_BYTES, vary_like
 from pallas_kernels.types import Selection
 
-# A kernel goes in here, beside the reference, and its limits into the `_unsupported` of the op.
-_ATTEND = {"xla": (reference.forward, reference.backward)}
+# A kernel goes in here, beside the reference, and its limits into the choice of the op.
+_ATTEND = {
+    "xla": (reference.forward, reference.backward),
+    "mosaic": (forward_sm90.forward, reference.backward),
+}
 _DECODE = {"xla": reference.decode}
-
-
-def _unsupported() -> str | None:
-    """Why the Mosaic kernel cannot serve a call; None where it can."""
-    return "this op has no Mosaic kernel yet"
 
 
 def sparse_attention(
@@ -79,11 +77,14 @@ def sparse_attention(
         },
     )
     checks.dtype(op, checks.FLOATS, q=q, kv=kv)
+    value_width = checks.positive_int(op, "value_width", value_width, at_most=lengths["C+R"])
+    scale = checks.scale(op, scale)
+    unsupported = forward_sm90.unsupported(q, kv, value_width=value_width)
     config = _Config(
-        value_width=checks.positive_int(op, "value_width", value_width, at_most=lengths["C+R"]),
-        scale=checks.scale(op, scale),
+        value_width=value_width,
+        scale=scale,
         workspace_bytes=checks.positive_int(op, "workspace_bytes", workspace_bytes),
-        implementation=choose(op, implementation, _unsupported()),
+        implementation=choose(op, implementation, unsupported),
     )
     arguments = (q, kv, selection.indices)
     return _attend(*vary_like(arguments, arguments), config)
@@ -137,7 +138,7 @@ def sparse_attention_decode(
         value_width=checks.positive_int(op, "value_width", value_width, at_most=widest),
         scale=checks.scale(op, scale),
         workspace_bytes=checks.positive_int(op, "workspace_bytes", workspace_bytes),
-        implementation=choose(op, implementation, _unsupported()),
+        implementation=choose(op, implementation, "this op has no Mosaic kernel yet"),
     )
     arguments = (q, pages, slots)
     return _decode(*vary_like(arguments, arguments), config)

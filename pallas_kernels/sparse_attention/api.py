@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import checks
 from pallas_kernels.dispatch import Implementation, choose
-from pallas_kernels.sparse_attention import forward_sm90, reference
+from pallas_kernels.sparse_attention import backward_sm90, forward_sm90, reference
 from pallas_kernels.sparse_attention.pages import CachePages, Fp8Pages
 from pallas_kernels.tiling import WORKSPACE_BYTES, vary_like
 from pallas_kernels.types import Selection
@@ -19,7 +19,7 @@ from pallas_kernels.types import Selection
 # A kernel goes in here, beside the reference, and its limits into the choice of the op.
 _ATTEND = {
     "xla": (reference.forward, reference.backward),
-    "mosaic": (forward_sm90.forward, reference.backward),
+    "mosaic": (forward_sm90.forward, backward_sm90.backward),
 }
 _DECODE = {"xla": reference.decode}
 

@@ -266,8 +266,8 @@ def pairs_by_block(keys, *, blocks):
     """Lists the pairs of queries and selected keys by blocks of 64 keys.
 
     Args:
-        keys: i32 `[queries, K]`, the selected keys in rising order where they exist; outside
-            `0 .. 64 blocks - 1` where none is.
+        keys: i32 `[queries, K]`, the selected keys, outside `0 .. 64 blocks - 1` where none is.
+            Any order will do, but one that does not rise takes a sort.
         blocks: how many.
 
     Returns:
@@ -283,9 +283,13 @@ def pairs_by_block(keys, *, blocks):
     total = counts.sum(axis=0)
     tile_count = -(-total // PAIRS)
     first_tile = jnp.cumsum(tile_count) - tile_count
-    # Within a query: how many of the selected keys come earlier and exist, less those of blocks
-    # before.
-    rank = jnp.cumsum(exists, axis=1) - 1
+    rises = jnp.all(~exists | (keys >= lax.cummax(jnp.where(exists, keys, -1), axis=1)))
+    # Which of the query's pairs it is, by block; less those of blocks before, which of the block's.
+    rank = lax.cond(
+        rises,
+        lambda: jnp.cumsum(exists, axis=1, dtype=jnp.int32) - 1,
+        lambda: jnp.argsort(jnp.argsort(block, axis=1), axis=1).astype(jnp.int32),
+    )
     skipped = jnp.cumsum(counts, axis=1) - counts
     start = first_tile * PAIRS + before - skipped
     position = jnp.take_along_axis(start, jnp.minimum(block, blocks - 1), axis=1) + rank

@@ -9,6 +9,7 @@ MODULES = {
     "indexer": ("benchmarks.indexer", ["scores"]),
     "fused": ("benchmarks.indexer", ["fused"]),
     "topk": ("benchmarks.topk", []),
+    "sparse_attention_grad": ("benchmarks.sparse_attention_grad", []),
 }
 
 

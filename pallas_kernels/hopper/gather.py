@@ -115,8 +115,6 @@ def gather_rows(
     first_column: int,
     columns: tuple[int, int],
     arrive: bool,
-    skip=False,
-    hint="128B",
 ) -> None:
     """Starts `tile[r, c] = table[first_row + indices[r], first_column + c]` for some columns c.
 
@@ -185,13 +183,12 @@ def gather_rows(
             number = arith.addi(base, arith.extui(i64, index))
             address = arith.addi(source, arith.muli(number, arith.constant(i64, row_bytes)))
             copies = "\n".join(
-                f"cp.async.cg.shared.global.L2::{hint} "
+                "cp.async.cg.shared.global.L2::128B "
                 f"[$2 + {2 * step * eight_rows + chunk * _TILE_BYTES}], "
                 f"[$0 + {chunk * 2 * TILE_COLUMNS}], 16, $1;"
                 for chunk in chunks
             )
-            if not skip:
-                utils.inline_ptx(copies, address, size, target, has_side_effects=True)
+            utils.inline_ptx(copies, address, size, target, has_side_effects=True)
         if arrive:
             offset = arith.muli(slot.registers.item(), word(8))
             utils.inline_ptx(

@@ -1,2 +1,0 @@
-from benchmarks import sparse_attention as b
-b.measure()

@@ -22,8 +22,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.sparse_attention import forward_sm90, products_sm90, sum_rows_sm90, weights_sm90
+from pallas_kernels.tiling import vary_like
 
 TILES = 128  # selected keys, of which the kernels take two tiles at a time
+# A window costs a pass over dKV in fp32 and the ends of three kernels, so that few are better.
+WORKSPACE_BYTES = 4 * 2**30
 _LOG2E = math.log2(math.e)
 
 
@@ -35,10 +38,13 @@ def unsupported(q, kv, *, value_width: int) -> str | None:
 def _window(queries: int, heads: int, selected: int, width: int, workspace_bytes: int) -> int:
     """Queries of a window: P, dS and the rows in bf16, two lists in i32."""
     per_query = selected * (2 * 2 * heads + 2 * width + 8)
-    return max(1, min(queries, workspace_bytes // per_query))
+    fit = max(1, workspace_bytes // per_query)
+    return -(-queries // -(-queries // fit))  # windows of one size
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "sms", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("scale", "workspace_bytes", "dkv_dtype", "sms", "interpret")
+)
 def backward(
     q,
     kv,
@@ -49,11 +55,12 @@ def backward(
     dlse,
     *,
     scale: float,
-    workspace_bytes: int = 2**34,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    dkv_dtype=None,
     sms: int = 132,
     interpret=None,
 ):
-    """Gradients of q and kv in their dtypes; that of kv is added up in fp32."""
+    """Gradients of q and kv, in their dtypes or that of kv in another; it is added up in fp32."""
     batch, queries, heads, width = q.shape
     rows, values = kv.shape[1], out.shape[-1]
     finite = jnp.isfinite(lse)
@@ -75,6 +82,7 @@ def backward(
     keys = kv.reshape(-1, width)
     blocks = -(-keys.shape[0] // sum_rows_sm90.BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
+    workspace_bytes = max(workspace_bytes, WORKSPACE_BYTES)
     window = _window(total, some, selected, width, workspace_bytes)
     options = {"window": window, "queries": queries * split, "rows": rows, "sms": sms}
 
@@ -95,9 +103,10 @@ def backward(
             added.reshape(-1, width), *lists, blocks=blocks, parts=parts, sms=sms,
             interpret=interpret,
         )  # fmt: skip
-        return dkv + sums.sum(axis=0), dq
+        # The kernels do not tell over which mesh axes their results vary.
+        return vary_like((dkv + sums.sum(axis=0), dq), (q, kv))
 
-    dkv = jnp.zeros((blocks * sum_rows_sm90.BLOCK, width), jnp.float32)
+    dkv = vary_like(jnp.zeros((blocks * sum_rows_sm90.BLOCK, width), jnp.float32), (q, kv))
     firsts = jnp.arange(0, total, window, dtype=jnp.int32)
     if len(firsts) == 1:
         dkv, dq = step(dkv, firsts[0])
@@ -105,4 +114,4 @@ def backward(
         dkv, dq = lax.scan(step, dkv, firsts)
     dq = dq.reshape(-1, some, width)[:total].reshape(batch, queries, -1, width)[:, :, :heads]
     dkv = dkv[: batch * rows].reshape(batch, rows, width)
-    return dq, dkv.astype(kv.dtype)
+    return dq, dkv.astype(dkv_dtype or kv.dtype)

@@ -83,9 +83,9 @@ class _Shared:
 
     query: Any  # bf16 [N, part]
     dout_tile: Any  # bf16 [N, part]
-    p_tile: Any  # bf16 [SLOTS, N, 64]
-    ds_tile: Any  # bf16 [SLOTS, N, 64]
-    keys: Any  # bf16 [SLOTS, 64, part]: the keys of a tile, then its rows
+    p_tile: Any  # bf16 [N, 64], one a slot
+    ds_tile: Any  # bf16 [N, 64], one a slot
+    keys: Any  # bf16 [64, part], one a slot: the keys of a tile, then its rows
     picked: Any  # i32 [INDEX_SLOTS + 1, 64]; the last row holds Landing's words
     query_full: Any
     query_read: Any  # EVEN and ODD need Q and dO no longer
@@ -136,9 +136,9 @@ def _load(plan: _Plan, share, first, q, dout, kv, indices, weights, dscores, s: 
 
                 if plan.value_columns(share):
                     source = weights.at[query, tile]
-                    plgpu.copy_gmem_to_smem(source, s.p_tile.at[slot], s.full.at[slot])
+                    plgpu.copy_gmem_to_smem(source, s.p_tile[slot], s.full.at[slot])
                 plgpu.copy_gmem_to_smem(
-                    dscores.at[query, tile], s.ds_tile.at[slot], s.full.at[slot]
+                    dscores.at[query, tile], s.ds_tile[slot], s.full.at[slot]
                 )
 
                 @pl.when(tile + 1 < plan.tiles)
@@ -154,7 +154,7 @@ def _load(plan: _Plan, share, first, q, dout, kv, indices, weights, dscores, s: 
                 gather_rows(
                     kv,
                     s.picked.at[index_slot],
-                    s.keys.at[slot],
+                    s.keys[slot],
                     s.landing,
                     lax.rem(tile, jnp.int32(SLOTS)),
                     first_row=lax.div(first + query, jnp.int32(plan.queries)) * plan.rows,
@@ -195,7 +195,7 @@ def _multiply(plan: _Plan, role, share, first, dq, rows, s: _Shared):
         """One tile: dQ, and where it is this warpgroup's the rows; all in f32."""
         plgpu.barrier_wait(s.full.at[slot])
         at = lax.rem(2 * j + slot, jnp.int32(SLOTS))  # the slot as a traced value
-        p_tile, ds_tile, keys = s.p_tile.at[at], s.ds_tile.at[at], s.keys.at[at]
+        p_tile, ds_tile, keys = s.p_tile[slot], s.ds_tile[slot], s.keys[slot]
         number = len(accumulators)
         steps = []
         if role == slot:
@@ -222,11 +222,11 @@ def _multiply(plan: _Plan, role, share, first, dq, rows, s: _Shared):
         start = 0
         for part in found:
             width = part.shape[1]
-            s.keys.at[role, :, pl.ds(start, width)][...] = part.astype(jnp.bfloat16)
+            s.keys[role].at[:, pl.ds(start, width)][...] = part.astype(jnp.bfloat16)
             start += width
         plgpu.commit_smem()
         target = rows.at[query, pl.ds((2 * j + role) * KEYS, KEYS), columns]
-        plgpu.copy_smem_to_gmem(s.keys.at[role], target)
+        plgpu.copy_smem_to_gmem(s.keys[role], target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
 
@@ -250,9 +250,9 @@ def _multiply(plan: _Plan, role, share, first, dq, rows, s: _Shared):
         last = functools.partial(pair, query, last=True)
         accumulators, phases = lax.fori_loop(count - 1, count, last, carry)
         if has_heads:
-            s.keys.at[role][...] = accumulators[0].astype(jnp.bfloat16)
+            s.keys[role][...] = accumulators[0].astype(jnp.bfloat16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(s.keys.at[role], dq.at[query, mine, columns])
+            plgpu.copy_smem_to_gmem(s.keys[role], dq.at[query, mine, columns])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             warpgroup_barrier(plan.interpret)
         plgpu.barrier_arrive(s.stored.at[role])
@@ -345,9 +345,9 @@ def products(
             **landed,
             "query": tile(heads, part),
             "dout_tile": tile(heads, part),
-            "p_tile": tile(SLOTS, heads, KEYS),
-            "ds_tile": tile(SLOTS, heads, KEYS),
-            "keys": tile(SLOTS, KEYS, part),
+            "p_tile": [tile(heads, KEYS) for _ in range(SLOTS)],
+            "ds_tile": [tile(heads, KEYS) for _ in range(SLOTS)],
+            "keys": [tile(KEYS, part) for _ in range(SLOTS)],
             "picked": plgpu.SMEM((INDEX_SLOTS + 1, KEYS), jnp.int32),
             "query_full": [plgpu.Barrier(num_arrivals=n) for n in (1, 2)],
             "query_read": plgpu.Barrier(num_arrivals=2),

@@ -34,6 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import TILE, Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.wgmma import Product, multiply_add
+from pallas_kernels.tiling import vary_like
 
 BLOCK = 64  # keys
 PAIRS = 64  # of a tile
@@ -288,7 +289,7 @@ def pairs_by_block(keys, *, blocks):
     rank = lax.cond(
         rises,
         lambda: jnp.cumsum(exists, axis=1, dtype=jnp.int32) - 1,
-        lambda: jnp.argsort(jnp.argsort(block, axis=1), axis=1).astype(jnp.int32),
+        lambda: vary_like(jnp.argsort(jnp.argsort(block, axis=1), axis=1).astype(jnp.int32), keys),
     )
     skipped = jnp.cumsum(counts, axis=1) - counts
     start = first_tile * PAIRS + before - skipped

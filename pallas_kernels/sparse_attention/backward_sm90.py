@@ -1,9 +1,10 @@
 """The backward of sparse attention on Hopper, bit-equal between runs.
 
-Three kernels for a window of queries after another, as many as the workspace holds:
+Four kernels for a window of queries after another, as many as the workspace holds:
 
     weights_sm90    P and dS, [window, N, K] in bf16
-    products_sm90   dQ = dS K, and for every query and selected key the row dS^T Q + P^T dO
+    dq_sm90         dQ = dS K
+    rows_sm90       for every query and selected key the row dS^T Q + P^T dO, in bf16
     sum_rows_sm90   dKV: the rows of each key added up in fp32, in the order of the queries
 
 Adding rows where they belong with atomics would take as long: a fp32 row costs 2.3 KB of atomic
@@ -21,7 +22,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.sparse_attention import forward_sm90, products_sm90, sum_rows_sm90, weights_sm90
+from pallas_kernels.sparse_attention import (
+    dq_sm90,
+    forward_sm90,
+    rows_sm90,
+    sum_rows_sm90,
+    weights_sm90,
+)
 from pallas_kernels.tiling import vary_like
 
 TILES = 128  # selected keys, of which the kernels take two tiles at a time
@@ -91,8 +98,11 @@ def backward(
         weights, dscores = weights_sm90.weights_and_dscores(
             start, q, dout, lse, delta, keys, indices, scale=scale, **options, interpret=interpret
         )
-        dq, added = products_sm90.products(
-            start, q, dout, keys, indices, weights, dscores, **options, interpret=interpret
+        dq = dq_sm90.dq_of_queries(
+            start, some, keys, indices, dscores, **options, interpret=interpret
+        )
+        added = rows_sm90.rows_of_queries(
+            start, q, dout, weights, dscores, window=window, sms=sms, interpret=interpret
         )
         number = first + jnp.arange(window)[:, None]
         mine = jnp.take(indices, number[:, 0], axis=0, mode="fill", fill_value=-1)

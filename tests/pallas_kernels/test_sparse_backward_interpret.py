@@ -9,8 +9,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.sparse_attention import (
     backward_sm90,
-    products_sm90,
+    dq_sm90,
     reference,
+    rows_sm90,
     sum_rows_sm90,
     weights_sm90,
 )
@@ -108,9 +109,10 @@ def test_second_window():
     for found, other in ((weights, expected), (dscores, dexpected)):
         assert error(found[:2], in_tiles(other)[1:]) < RELATIVE
 
-    dq, added = products_sm90.products(
-        start, q, dout, kv, indices, weights, dscores, **window
-    )
+    dq = dq_sm90.dq_of_queries(start, 128, kv, indices, dscores, **window)
+    assert no_races()
+    options = {name: window[name] for name in ("window", "sms", "interpret")}
+    added = rows_sm90.rows_of_queries(start, q, dout, weights, dscores, **options)
     assert no_races()
 
     def flat(x):

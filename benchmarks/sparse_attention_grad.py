@@ -27,9 +27,7 @@ FLOP = 2 * T * N * K * (3 * (C + R) + 2 * C)
 def gradients(q, kv, rows, dout, dlse, backward=backward_sm90.backward, **options):
     """`(dq, dkv)` with out and lse from fp32."""
     wide = q.astype(jnp.float32), kv.astype(jnp.float32)
-    out, lse = reference.forward(
-        *wide, rows, value_width=C, scale=SCALE, workspace_bytes=2**31
-    )
+    out, lse = reference.forward(*wide, rows, value_width=C, scale=SCALE, workspace_bytes=2**31)
     if backward is reference.backward:
         q, kv, dout = *wide, dout.astype(jnp.float32)
     out = out.astype(q.dtype)

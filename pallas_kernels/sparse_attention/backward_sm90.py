@@ -109,12 +109,10 @@ def backward(
         exists = (mine >= 0) & (mine < rows)
         mine = jnp.where(exists, mine + number // (queries * split) * rows, -1)
         lists = sum_rows_sm90.pairs_by_block(mine, blocks=blocks)
-        sums = sum_rows_sm90.sum_rows(
-            added.reshape(-1, width), *lists, blocks=blocks, parts=parts, sms=sms,
-            interpret=interpret,
-        )  # fmt: skip
+        added = added.reshape(-1, width)
+        dkv = sum_rows_sm90.sum_rows(dkv, added, *lists, parts=parts, sms=sms, interpret=interpret)
         # The kernels do not tell over which mesh axes their results vary.
-        return vary_like((dkv + sums.sum(axis=0), dq), (q, kv))
+        return vary_like((dkv, dq), (q, kv))
 
     dkv = vary_like(jnp.zeros((blocks * sum_rows_sm90.BLOCK, width), jnp.float32), (q, kv))
     firsts = jnp.arange(0, total, window, dtype=jnp.int32)

@@ -158,9 +158,7 @@ def _multiply(plan: _Plan, role, share, first, dq, s: _Shared):
         return accumulators, _next(slot, SLOTS), Landing.next(slot, phases)
 
     def work_item(query, carry):
-        zeros = plgpu.layout_cast(
-            jnp.zeros((HEADS, plan.part), jnp.float32), plgpu.Layout.WGMMA
-        )
+        zeros = plgpu.layout_cast(jnp.zeros((HEADS, plan.part), jnp.float32), plgpu.Layout.WGMMA)
         carry = [zeros] if has_heads else [], *carry
         accumulators, *carry = lax.fori_loop(0, plan.tiles, tile, carry)
         if has_heads:
@@ -236,8 +234,12 @@ def dq_of_queries(
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILE)
 
     landed = {"landed": plgpu.Barrier(num_barriers=SLOTS)} if plan.interpret else {}
+
+    def sparse_attention_dq(*refs, **scratch):  # its name is the kernel's
+        _kernel(*refs, plan=plan, **scratch)
+
     return plgpu.kernel(
-        functools.partial(_kernel, plan=plan),
+        sparse_attention_dq,
         out_type=jax.ShapeDtypeStruct((window, heads, width), jnp.bfloat16),
         scratch_types={
             **landed,

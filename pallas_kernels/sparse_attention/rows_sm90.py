@@ -269,8 +269,11 @@ def rows_of_queries(first, q, dout, weights, dscores, *, window, sms, interpret=
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILE)
 
+    def sparse_attention_rows(*refs, **scratch):  # its name is the kernel's
+        _kernel(*refs, plan=plan, **scratch)
+
     return plgpu.kernel(
-        functools.partial(_kernel, plan=plan),
+        sparse_attention_rows,
         out_type=jax.ShapeDtypeStruct((window, tiles * KEYS, width), jnp.bfloat16),
         scratch_types={
             "query": tile(heads, part),

@@ -152,7 +152,7 @@ def _load(plan: _Plan, first_tile, tile_count, rows, pairs, keys, s: _Shared):
     lax.fori_loop(0, unread, drain, lax.rem(slot + SLOTS - unread, jnp.int32(SLOTS)))
 
 
-def _sum(plan: _Plan, side, first_tile, tile_count, sums, s: _Shared):
+def _sum(plan: _Plan, side, first_tile, tile_count, before, sums, s: _Shared):
     """LEFT or RIGHT."""
     columns = plan.columns(side)
 
@@ -176,16 +176,22 @@ def _sum(plan: _Plan, side, first_tile, tile_count, sums, s: _Shared):
         return accumulators, _next(slot, SLOTS), phases, _next(index_slot, INDEX_SLOTS)
 
     def unit(number, first, end, carry):
-        accumulators = [
-            plgpu.layout_cast(jnp.zeros((BLOCK, width), jnp.float32), plgpu.Layout.WGMMA)
-            for _, width in columns
-        ]
-        accumulators, *carry = lax.fori_loop(first, end, tile, (accumulators, *carry))
         block = lax.div(number, jnp.int32(plan.parts))
         part = lax.rem(number, jnp.int32(plan.parts))
-        for (start, width), total in zip(columns, accumulators, strict=True):
-            target = sums.at[part, pl.ds(block * BLOCK, BLOCK), pl.ds(start, width)]
-            target[...] = total
+        places = [(pl.ds(block * BLOCK, BLOCK), pl.ds(*column)) for column in columns]
+        if plan.parts == 1:
+            accumulators = [
+                plgpu.load(before.at[place], layout=plgpu.Layout.WGMMA, optimized=False)
+                for place in places
+            ]
+        else:
+            accumulators = [
+                plgpu.layout_cast(jnp.zeros((BLOCK, width), jnp.float32), plgpu.Layout.WGMMA)
+                for _, width in columns
+            ]
+        accumulators, *carry = lax.fori_loop(first, end, tile, (accumulators, *carry))
+        for place, total in zip(places, accumulators, strict=True):
+            sums.at[part, *place][...] = total
         return carry
 
     if side == LEFT:
@@ -196,7 +202,7 @@ def _sum(plan: _Plan, side, first_tile, tile_count, sums, s: _Shared):
     _for_each_unit(plan, first_tile, tile_count, unit, [zero, zero, zero])
 
 
-def _kernel(first_tile, tile_count, rows, pairs, keys, sums, *, plan: _Plan, **shared):
+def _kernel(before, first_tile, tile_count, rows, pairs, keys, sums, *, plan: _Plan, **shared):
     words = shared.pop("landed", shared["pairs_tile"])
     landing = Landing(words, 4 * INDEX_SLOTS * PAIRS, SLOTS, plan.interpret)
     s = _Shared(
@@ -208,7 +214,7 @@ def _kernel(first_tile, tile_count, rows, pairs, keys, sums, *, plan: _Plan, **s
         @pl.when(role == side)
         def _(side=side):
             plgpu.set_max_registers(_REGISTERS[side], action="increase")
-            _sum(plan, side, first_tile, tile_count, sums, s)
+            _sum(plan, side, first_tile, tile_count, before, sums, s)
 
     @pl.when(role == LOADER)
     def _():
@@ -216,21 +222,22 @@ def _kernel(first_tile, tile_count, rows, pairs, keys, sums, *, plan: _Plan, **s
         _load(plan, first_tile, tile_count, rows, pairs, keys, s)
 
 
-def sum_rows(rows, first_tile, tile_count, pairs, keys, *, blocks, parts, sms, interpret=None):
-    """f32 `[parts, 64 blocks, D]`: the sums of the parts of each block's list.
+def sum_rows(before, rows, first_tile, tile_count, pairs, keys, *, parts, sms, interpret=None):
+    """f32 `[64 blocks, D]`: `before` and the rows that belong to each key.
 
     Args:
+        before: f32 `[64 blocks, D]`.
         rows: bf16 `[pairs, D]`.
         first_tile: i32 `[blocks]`, where a block's list starts, in tiles of 64.
         tile_count: i32 `[blocks]`, how long it is.
         pairs: i32, the lists: a row, or -1.
         keys: i32, which key of the block each of `pairs` belongs to.
-        blocks: how many.
-        parts: into how many parts a list is cut.
+        parts: into how many parts a list is cut, so that few blocks keep all CTAs busy.
         sms: CTAs.
         interpret: parameters of interpret mode, or None.
     """
     count, width = rows.shape
+    blocks = before.shape[0] // BLOCK
     plan = _Plan(
         width=width,
         rows=count,
@@ -240,8 +247,12 @@ def sum_rows(rows, first_tile, tile_count, pairs, keys, *, blocks, parts, sms, i
         interpret=interpret is not None,
     )
     landed = {"landed": plgpu.Barrier(num_barriers=SLOTS)} if plan.interpret else {}
-    return plgpu.kernel(
-        functools.partial(_kernel, plan=plan),
+
+    def sparse_attention_sum_rows(*refs, **scratch):  # its name is the kernel's
+        _kernel(*refs, plan=plan, **scratch)
+
+    sums = plgpu.kernel(
+        sparse_attention_sum_rows,
         out_type=jax.ShapeDtypeStruct((parts, blocks * BLOCK, width), jnp.float32),
         scratch_types={
             **landed,
@@ -260,7 +271,8 @@ def sum_rows(rows, first_tile, tile_count, pairs, keys, *, blocks, parts, sms, i
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         **({"interpret": interpret} if interpret is not None else {}),
-    )(first_tile, tile_count, rows, pairs, keys)
+    )(before, first_tile, tile_count, rows, pairs, keys)
+    return sums[0] if parts == 1 else before + sums.sum(axis=0)
 
 
 def pairs_by_block(keys, *, blocks):
@@ -284,13 +296,16 @@ def pairs_by_block(keys, *, blocks):
     total = counts.sum(axis=0)
     tile_count = -(-total // PAIRS)
     first_tile = jnp.cumsum(tile_count) - tile_count
-    rises = jnp.all(~exists | (keys >= lax.cummax(jnp.where(exists, keys, -1), axis=1)))
     # Which of the query's pairs it is, by block; less those of blocks before, which of the block's.
-    rank = lax.cond(
-        rises,
+    leading = jnp.all(exists[:, 1:] <= exists[:, :-1])
+    rises = jnp.all(~exists | (keys >= lax.cummax(jnp.where(exists, keys, -1), axis=1)))
+    ranks = [
+        lambda: jnp.broadcast_to(jnp.arange(selected, dtype=jnp.int32), keys.shape),
         lambda: jnp.cumsum(exists, axis=1, dtype=jnp.int32) - 1,
-        lambda: vary_like(jnp.argsort(jnp.argsort(block, axis=1), axis=1).astype(jnp.int32), keys),
-    )
+        lambda: jnp.argsort(jnp.argsort(block, axis=1), axis=1).astype(jnp.int32),
+    ]
+    ranks = [lambda rank=rank: vary_like(rank(), keys) for rank in ranks]
+    rank = lax.switch(jnp.where(rises, jnp.where(leading, 0, 1), 2), ranks)
     skipped = jnp.cumsum(counts, axis=1) - counts
     start = first_tile * PAIRS + before - skipped
     position = jnp.take_along_axis(start, jnp.minimum(block, blocks - 1), axis=1) + rank

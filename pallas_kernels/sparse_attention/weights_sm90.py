@@ -333,9 +333,7 @@ def _values(plan: _Plan, first, delta, dscores, s: _Shared):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(
-    first, q, dout, lse, delta, kv, indices, weights, dscores, *, plan: _Plan, **shared
-):
+def _kernel(first, q, dout, lse, delta, kv, indices, weights, dscores, *, plan: _Plan, **shared):
     words = shared.pop("landed", shared["picked"])
     landing = Landing(words, 4 * INDEX_SLOTS * KEYS, SLOTS, plan.interpret)
     s = _Shared(**shared, landing=landing)
@@ -401,8 +399,12 @@ def weights_and_dscores(
 
     result = jax.ShapeDtypeStruct((window, plan.tiles, heads, KEYS), jnp.bfloat16)
     landed = {"landed": plgpu.Barrier(num_barriers=SLOTS)} if plan.interpret else {}
+
+    def sparse_attention_weights(*refs, **scratch):  # its name is the kernel's
+        _kernel(*refs, plan=plan, **scratch)
+
     return plgpu.kernel(
-        functools.partial(_kernel, plan=plan),
+        sparse_attention_weights,
         out_type=[result, result],
         scratch_types={
             **landed,

@@ -2,8 +2,8 @@
 
     python -m benchmarks.sparse_attention_grad [--quick] [--json FILE]
 
-FLOPs are counted as five products, 2 T N K (3 (C + R) + 2 C): what recomputing S, and dP, dV, dK and
-dQ take over the selected keys. What is timed is all of it: delta, the lists and the sums too.
+FLOPs are counted as five products, 2 T N K (3 (C + R) + 2 C): what recomputing S, and dP, dV, dK
+and dQ take over the selected keys. What is timed is all of it: delta, the lists and the sums too.
 """
 
 from __future__ import annotations

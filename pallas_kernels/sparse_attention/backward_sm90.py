@@ -42,34 +42,26 @@ def unsupported(q, kv, *, value_width: int) -> str | None:
     return forward_sm90.unsupported(q, kv, value_width=value_width)
 
 
-def _window(queries: int, heads: int, selected: int, width: int, workspace_bytes: int) -> int:
-    """Queries of a window: P, dS and the rows in bf16, two lists in i32."""
-    per_query = selected * (2 * 2 * heads + 2 * width + 8)
-    fit = max(1, workspace_bytes // per_query)
-    return -(-queries // -(-queries // fit))  # windows of one size
-
-
-@functools.partial(
-    jax.jit, static_argnames=("scale", "workspace_bytes", "dkv_dtype", "sms", "interpret")
-)
+@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "dkv_dtype"))
 def backward(
-    q,
-    kv,
-    indices,
-    out,
-    lse,
-    dout,
-    dlse,
-    *,
-    scale: float,
-    workspace_bytes: int = WORKSPACE_BYTES,
-    dkv_dtype=None,
-    sms: int = 132,
-    interpret=None,
+    q, kv, indices, out, lse, dout, dlse, *, scale: float, workspace_bytes: int = 0, dkv_dtype=None
 ):
     """Gradients of q and kv, in their dtypes or that of kv in another; it is added up in fp32."""
+    _, _, heads, width = q.shape
+    # P, dS and the rows in bf16, two lists in i32. Heads are padded, and split above 128.
+    selected, padded = -(-indices.shape[2] // TILES) * TILES, -(-heads // 64) * 64
+    per_query = selected * (2 * 2 * padded + (2 * width + 8) * -(-heads // 128))
+    window = max(workspace_bytes, WORKSPACE_BYTES) // per_query
+    dq, dkv = gradients(q, kv, indices, out, lse, dout, dlse, scale=scale, window=window)
+    return dq, dkv.astype(dkv_dtype or kv.dtype)
+
+
+def gradients(
+    q, kv, indices, out, lse, dout, dlse, *, scale, window, sms: int = 132, interpret=None
+):
+    """The gradients of q, and of kv in f32, with at most so many queries in a window."""
     batch, queries, heads, width = q.shape
-    rows, values = kv.shape[1], out.shape[-1]
+    rows = kv.shape[1]
     finite = jnp.isfinite(lse)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
     lse, delta = jnp.where(finite, lse * _LOG2E, 0.0), jnp.where(finite, delta, 0.0)
@@ -85,12 +77,12 @@ def backward(
     q, dout, lse, delta = (by_query(x) for x in (q, dout, lse, delta))
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % TILES)), constant_values=-1)
     indices = jnp.repeat(indices.reshape(batch * queries, -1), split, axis=0)
-    total, selected = indices.shape
+    total = indices.shape[0]
     keys = kv.reshape(-1, width)
     blocks = -(-keys.shape[0] // sum_rows_sm90.BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
-    workspace_bytes = max(workspace_bytes, WORKSPACE_BYTES)
-    window = _window(total, some, selected, width, workspace_bytes)
+    window = min(max(1, window * split), total)
+    window = -(-total // -(-total // window))  # windows of one size
     options = {"window": window, "queries": queries * split, "rows": rows, "sms": sms}
 
     def step(dkv, first):
@@ -121,5 +113,4 @@ def backward(
     else:
         dkv, dq = lax.scan(step, dkv, firsts)
     dq = dq.reshape(-1, some, width)[:total].reshape(batch, queries, -1, width)[:, :, :heads]
-    dkv = dkv[: batch * rows].reshape(batch, rows, width)
-    return dq, dkv.astype(dkv_dtype or kv.dtype)
+    return dq, dkv[: batch * rows].reshape(batch, rows, width)

@@ -5,14 +5,14 @@
 
     dQ[n] = sum_k dS[n, k] kv[k]                        over the selected keys k of a query
 
-A CTA computes one share of the columns (192 of 576) for queries one after the other, for all heads: so
-what it gathers of a key is needed once. Three warpgroups:
+A CTA computes one share of the columns (192 of 576) for queries one after the other, for all heads:
+so what it gathers of a key is needed once. Three warpgroups:
 
     UPPER, LOWER  dQ of 64 heads each
     LOADER        fills a ring with tiles of 64 keys and their dS
 
-SMEM at 576 columns and 128 heads: 4 x (16,384 dS + 24,576 keys) of ring, 2 x 24,576 of dQ on its way
-out, 2,048 of indices. Registers of a thread: UPPER and LOWER 216 (96 of dQ), LOADER 40.
+SMEM at 576 columns and 128 heads: 4 x (16,384 dS + 24,576 keys) of ring, 2 x 24,576 of dQ on its
+way out, 2,048 of indices. Registers of a thread: UPPER and LOWER 216 (96 of dQ), LOADER 40.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import TILE, Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.wgmma import Product, multiply_add
-from pallas_kernels.sparse_attention.weights_sm90 import part_columns
+from pallas_kernels.sparse_attention.backward_shares import (
+    next_slot,
+    share_columns,
+    strided_loop,
+)
 
 HEADS = 64  # of a warpgroup
 KEYS = 64  # of a tile
@@ -55,7 +59,7 @@ class _Plan:
 
     @property
     def part(self) -> int:
-        return part_columns(self.width)
+        return share_columns(self.width)
 
     @property
     def shares(self) -> int:
@@ -77,16 +81,10 @@ class _Shared:
     landing: Landing
 
 
-def _next(slot, slots):
-    return jnp.where(slot == slots - 1, 0, slot + 1)
-
-
 def _for_each_query(plan: _Plan, first, body, carry):
     """`carry = body(query of the window, carry)` over this CTA's share of the window."""
     queries = jnp.minimum(plan.window, plan.total - first)
-    mine = lax.axis_index("lane")
-    count = lax.div(queries - 1 - mine + plan.lanes, jnp.int32(plan.lanes))
-    return lax.fori_loop(0, count, lambda i, c: body(mine + i * plan.lanes, c), carry)
+    return strided_loop(queries, body, carry, axis="lane", ctas=plan.lanes)
 
 
 def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
@@ -98,7 +96,7 @@ def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
 
     def tile(query, j, carry):
         slot, filled, index_slot = carry
-        following = _next(index_slot, INDEX_SLOTS)
+        following = next_slot(index_slot, INDEX_SLOTS)
 
         @pl.when(j + 1 < plan.tiles)
         def _():
@@ -122,7 +120,7 @@ def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
             columns=(0, plan.part),
             arrive=True,
         )
-        return _next(slot, SLOTS), filled + 1, following
+        return next_slot(slot, SLOTS), filled + 1, following
 
     def work_item(query, carry):
         fetch_indices(query, 0, carry[2])
@@ -134,7 +132,7 @@ def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
 
     def drain(_, slot):
         plgpu.barrier_wait(s.freed.at[slot])
-        return _next(slot, SLOTS)
+        return next_slot(slot, SLOTS)
 
     unread = jnp.minimum(filled, SLOTS)
     lax.fori_loop(0, unread, drain, lax.rem(slot + SLOTS - unread, jnp.int32(SLOTS)))
@@ -155,7 +153,7 @@ def _multiply(plan: _Plan, role, share, first, dq, s: _Shared):
         accumulators = multiply_add(accumulators, steps, plan.interpret)
         warpgroup_barrier(plan.interpret)
         plgpu.barrier_arrive(s.freed.at[slot])
-        return accumulators, _next(slot, SLOTS), Landing.next(slot, phases)
+        return accumulators, next_slot(slot, SLOTS), Landing.next(slot, phases)
 
     def work_item(query, carry):
         zeros = plgpu.layout_cast(jnp.zeros((HEADS, plan.part), jnp.float32), plgpu.Layout.WGMMA)
@@ -217,7 +215,7 @@ def dq_of_queries(
         interpret: parameters of interpret mode, or None.
     """
     width = kv.shape[-1]
-    part = part_columns(width)
+    part = share_columns(width)
     plan = _Plan(
         queries=queries,
         rows=rows,

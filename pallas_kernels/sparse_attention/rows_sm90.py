@@ -5,9 +5,9 @@
 
     rows[k] = sum_n dS[n, k] q[n] + P[n, k] dO[n]       one row for each selected key, in bf16
 
-A CTA computes one share of the columns (192 of 576) for queries one after the other, with Q and dO of
-all heads in SMEM. The shares of a query are computed at about the same time by different CTAs, so
-that P and dS come from the L2 for all but one. Three warpgroups:
+A CTA computes one share of the columns (192 of 576) for queries one after the other, with Q and dO
+of all heads in SMEM. The shares of a query are computed at about the same time by different CTAs,
+so that P and dS come from the L2 for all but one. Three warpgroups:
 
     EVEN, ODD  the rows of every other tile of 64 keys
     LOADER     fills a ring with P and dS of the tiles
@@ -15,8 +15,8 @@ that P and dS come from the L2 for all but one. Three warpgroups:
 The products of one warpgroup run while the other writes out its rows; for that they take turns with
 one place in SMEM.
 
-SMEM at 576 columns and 128 heads: 49,152 each of Q and dO, 3 x (16,384 P + 16,384 dS) of ring, 24,576
-of rows. Registers of a thread: EVEN and ODD 216 (96 of rows), LOADER 40.
+SMEM at 576 columns and 128 heads: 49,152 each of Q and dO, 3 x (16,384 P + 16,384 dS) of ring,
+24,576 of rows. Registers of a thread: EVEN and ODD 216 (96 of rows), LOADER 40.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import TILE, warpgroup_barrier
 from pallas_kernels.hopper.wgmma import Product, multiply_add
-from pallas_kernels.sparse_attention.weights_sm90 import part_columns
+from pallas_kernels.sparse_attention.backward_shares import (
+    share_columns,
+    strided_loop,
+    value_columns,
+    value_start,
+)
 
 KEYS = 64  # of a tile
 SLOTS = 3  # of the ring
@@ -55,19 +60,17 @@ class _Plan:
 
     @property
     def part(self) -> int:
-        return part_columns(self.width)
+        return share_columns(self.width)
 
     @property
     def shares(self) -> int:
         return self.width // self.part
 
     def value_columns(self, share: int) -> int:
-        """How many columns of a share are value as well."""
-        return min(max(self.values - share * self.part, 0), self.part)
+        return value_columns(share, self.part, self.values)
 
     def value_start(self, share: int) -> int:
-        """Where the copy of dO starts, which has the whole width of a share."""
-        return min(share * self.part, self.values - self.part)
+        return value_start(share, self.part, self.values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +92,7 @@ class _Shared:
 def _for_each_query(plan: _Plan, first, body, carry):
     """`carry = body(query of the window, carry)` over this CTA's share of the window."""
     queries = jnp.minimum(plan.window, plan.total - first)
-    mine = lax.axis_index("lane")
-    count = lax.div(queries - 1 - mine + plan.lanes, jnp.int32(plan.lanes))
-    return lax.fori_loop(0, count, lambda i, c: body(mine + i * plan.lanes, c), carry)
+    return strided_loop(queries, body, carry, axis="lane", ctas=plan.lanes)
 
 
 def _after(slot, steps):
@@ -255,7 +256,7 @@ def rows_of_queries(first, q, dout, weights, dscores, *, window, sms, interpret=
         interpret: parameters of interpret mode, or None.
     """
     total, heads, width = q.shape
-    part, tiles = part_columns(width), weights.shape[1]
+    part, tiles = share_columns(width), weights.shape[1]
     plan = _Plan(
         width=width,
         values=dout.shape[-1],

@@ -12,11 +12,11 @@ takes one block, or a part of its list, after the other:
     LOADER       gathers 64 of the listed rows into a slot of the ring
     LEFT, RIGHT  dKV[block] += A rows, each for half of the columns, on the tensor core
 
-where A [key, pair] is 1 if the pair's key is that one, else 0: products with 1 are exact, and the sum
-is one in fp32. The work is 64 times what an addition each would take and still far below what the
-loading of the rows takes.
+where A [key, pair] is 1 if the pair's key is that one, else 0: products with 1 are exact, and the
+sum is one in fp32. The work is 64 times what an addition each would take and still far below what
+the loading of the rows takes.
 
-SMEM at 576 columns: 3 x 73,728 of ring, 2 x 1,280 of pairs and their keys. Registers of a thread:
+SMEM at 576 columns: 3 x 73,728 of ring, 2,304 of pairs and of their keys. Registers of a thread:
 LEFT 216 (160 of sums, 16 of A), RIGHT 216, LOADER 40.
 """
 
@@ -34,6 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import TILE, Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.wgmma import Product, multiply_add
+from pallas_kernels.sparse_attention.backward_shares import next_slot, strided_loop
 from pallas_kernels.tiling import vary_like
 
 BLOCK = 64  # keys
@@ -77,18 +78,10 @@ class _Shared:
     landing: Landing
 
 
-def _next(slot, slots):
-    return jnp.where(slot == slots - 1, 0, slot + 1)
-
-
 def _for_each_unit(plan: _Plan, first_tile, tile_count, body, carry):
     """`carry = body(unit, first tile, end, carry)` over this CTA's parts of blocks."""
-    mine = lax.axis_index("cta")
-    units = plan.blocks * plan.parts
-    count = lax.div(units - 1 - mine + plan.ctas, jnp.int32(plan.ctas))
 
-    def unit(i, carry):
-        number = mine + i * plan.ctas
+    def unit(number, carry):
         block = lax.div(number, jnp.int32(plan.parts))
         part = lax.rem(number, jnp.int32(plan.parts))
         start, tiles = first_tile[block], tile_count[block]
@@ -96,7 +89,8 @@ def _for_each_unit(plan: _Plan, first_tile, tile_count, body, carry):
         end = lax.div(tiles * (part + 1), jnp.int32(plan.parts))
         return body(number, start + first, start + end, carry)
 
-    return lax.fori_loop(0, count, unit, carry)
+    units = jnp.int32(plan.blocks * plan.parts)
+    return strided_loop(units, unit, carry, axis="cta", ctas=plan.ctas)
 
 
 def _load(plan: _Plan, first_tile, tile_count, rows, pairs, keys, s: _Shared):
@@ -121,7 +115,7 @@ def _load(plan: _Plan, first_tile, tile_count, rows, pairs, keys, s: _Shared):
 
             @pl.when(t + 1 < end)
             def _():
-                fetch(t + 1, _next(index_slot, INDEX_SLOTS))
+                fetch(t + 1, next_slot(index_slot, INDEX_SLOTS))
 
             plgpu.barrier_wait(s.listed.at[index_slot])
             gather_rows(
@@ -136,7 +130,7 @@ def _load(plan: _Plan, first_tile, tile_count, rows, pairs, keys, s: _Shared):
                 columns=(0, plan.width),
                 arrive=True,
             )
-            return _next(slot, SLOTS), filled + 1, _next(index_slot, INDEX_SLOTS)
+            return next_slot(slot, SLOTS), filled + 1, next_slot(index_slot, INDEX_SLOTS)
 
         return lax.fori_loop(first, end, tile, carry)
 
@@ -146,7 +140,7 @@ def _load(plan: _Plan, first_tile, tile_count, rows, pairs, keys, s: _Shared):
 
     def drain(_, slot):
         plgpu.barrier_wait(s.freed.at[slot])
-        return _next(slot, SLOTS)
+        return next_slot(slot, SLOTS)
 
     unread = jnp.minimum(filled, SLOTS)
     lax.fori_loop(0, unread, drain, lax.rem(slot + SLOTS - unread, jnp.int32(SLOTS)))
@@ -173,7 +167,7 @@ def _sum(plan: _Plan, side, first_tile, tile_count, before, sums, s: _Shared):
         warpgroup_barrier(plan.interpret)
         plgpu.barrier_arrive(s.freed.at[slot])
         phases = Landing.next(slot, phases)
-        return accumulators, _next(slot, SLOTS), phases, _next(index_slot, INDEX_SLOTS)
+        return accumulators, next_slot(slot, SLOTS), phases, next_slot(index_slot, INDEX_SLOTS)
 
     def unit(number, first, end, carry):
         block = lax.div(number, jnp.int32(plan.parts))

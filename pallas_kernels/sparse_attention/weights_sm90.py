@@ -7,19 +7,21 @@
     dS = scale P (dO V^T - delta)        delta = rowsum(dO O) - dlse
 
 for the selected keys of each query, in bf16, to GMEM. A CTA works through (query, 64 heads) pairs
-for its whole life; both head halves of a query run as a cluster of two CTAs that share nothing: that
-they ask for the same rows at the same time is what makes the gather fast. Three warpgroups:
+for its whole life; both head halves of a query run as a cluster of two CTAs that share nothing:
+that they ask for the same rows at the same time is what makes the gather fast. Three warpgroups:
 
     SCORES  holds Q in registers; S of a tile of 64 keys, then P
     VALUES  holds dO in registers; dO V^T, then dS from the P that SCORES left in SMEM
     LOADER  fills the ring
 
-What flows through the ring are parts, up to 192 columns of a tile: of each piece of work first those
-of Q and dO, which only pass through on their way to registers, then those of its key tiles. Both
-SCORES and VALUES read a part, then it is free. The softmax of one overlaps the products of the other.
+What flows through the ring are parts, up to 192 columns of a tile: of each piece of work first
+those of Q and dO, which only pass through on their way to registers, then those of its key tiles.
+Both SCORES and VALUES read a part, then it is free. What one computes of the softmax overlaps the
+products of the other.
 
-SMEM at 576 columns: 8 x 24,576 of ring, 2 x 2 x 8,192 of P and dS on their way out, 2,048 of indices.
-Registers of a thread: SCORES 232 (144 of Q, 32 of S), VALUES 232 (128 of dO, 32 of dP), LOADER 40.
+SMEM at 576 columns: 8 x 24,576 of ring, 2 x 2 x 8,192 of P and dS on their way out, 2,048 of
+indices. Registers of a thread: SCORES 232 (144 of Q, 32 of S), VALUES 232 (128 of dO, 32 of dP),
+LOADER 40.
 """
 
 from __future__ import annotations
@@ -37,6 +39,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import TILE, Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
+from pallas_kernels.sparse_attention.backward_shares import (
+    next_slot,
+    share_columns,
+    strided_loop,
+    value_start,
+)
 
 HEADS = 64  # of a CTA: one wgmma's rows
 KEYS = 64  # of a tile
@@ -46,11 +54,6 @@ INDEX_SLOTS = 7
 SCORES, VALUES, LOADER = range(3)
 _REGISTERS = {SCORES: 232, VALUES: 232, LOADER: 40}
 _LOG2E = math.log2(math.e)
-
-
-def part_columns(width: int) -> int:
-    """Columns of a part: the most chunks, up to three, that divide the width."""
-    return max(c for c in (CHUNK, 2 * CHUNK, 3 * CHUNK) if width % c == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ class _Plan:
 
     @property
     def part(self) -> int:
-        return part_columns(self.width)
+        return share_columns(self.width)
 
     def chunks(self, width):
         """The chunks of so many columns, by part: offsets in the part."""
@@ -80,10 +83,6 @@ class _Plan:
             list(range(0, min(self.part, width - start), CHUNK))
             for start in range(0, width, self.part)
         ]
-
-    def value_start(self, part):
-        """Where the copy of a part of dO starts: a copy has the whole width of a part."""
-        return min(part * self.part, self.values - self.part)
 
     def query(self, work):
         return lax.div(work, jnp.int32(self.groups // self.cluster))
@@ -117,20 +116,14 @@ class _Place(NamedTuple):
     phases: Any
 
     def next(self) -> _Place:
-        return self._replace(slot=_next(self.slot, SLOTS))
-
-
-def _next(slot, slots):
-    return jnp.where(slot == slots - 1, 0, slot + 1)
+        return self._replace(slot=next_slot(self.slot, SLOTS))
 
 
 def _for_each_work(plan: _Plan, first, body, carry):
-    """`carry = body(work, carry)` over this cluster's share of the window that starts at `first`."""
+    """`carry = body(work, carry)` over this cluster's share of the window from `first`."""
     queries = jnp.minimum(plan.window, plan.total - first)
     work = queries * (plan.groups // plan.cluster)
-    mine = lax.axis_index("cluster")
-    count = lax.div(work - 1 - mine + plan.clusters, jnp.int32(plan.clusters))
-    return lax.fori_loop(0, count, lambda i, c: body(mine + i * plan.clusters, c), carry)
+    return strided_loop(work, body, carry, axis="cluster", ctas=plan.clusters)
 
 
 def _load(plan: _Plan, first, q, dout, kv, indices, s: _Shared):
@@ -141,7 +134,7 @@ def _load(plan: _Plan, first, q, dout, kv, indices, s: _Shared):
         def _():
             plgpu.barrier_wait(s.freed.at[slot])
 
-        return _next(slot, SLOTS), filled + 1
+        return next_slot(slot, SLOTS), filled + 1
 
     def fetch_indices(query, tile, index_slot):
         source = indices.at[query, pl.ds(tile * KEYS, KEYS)]
@@ -153,7 +146,11 @@ def _load(plan: _Plan, first, q, dout, kv, indices, s: _Shared):
         fetch_indices(query, 0, index_slot)
         for table, width in ((q, plan.width), (dout, plan.values)):
             for number, _ in enumerate(plan.chunks(width)):
-                start = number * plan.part if table is q else plan.value_start(number)
+                start = (
+                    number * plan.part
+                    if table is q
+                    else value_start(number, plan.part, plan.values)
+                )
                 source = table.at[query, heads, pl.ds(start, plan.part)]
                 after = acquire(slot, filled)
                 plgpu.copy_gmem_to_smem(source, s.ring.at[slot], s.query_full.at[slot])
@@ -181,9 +178,9 @@ def _load(plan: _Plan, first, q, dout, kv, indices, s: _Shared):
 
                     @pl.when(j + 1 < plan.tiles)
                     def _():
-                        fetch_indices(query, j + 1, _next(index_slot, INDEX_SLOTS))
+                        fetch_indices(query, j + 1, next_slot(index_slot, INDEX_SLOTS))
 
-            return slot, filled, _next(index_slot, INDEX_SLOTS)
+            return slot, filled, next_slot(index_slot, INDEX_SLOTS)
 
         return lax.fori_loop(0, plan.tiles, tile, (slot, filled, index_slot))
 
@@ -193,7 +190,7 @@ def _load(plan: _Plan, first, q, dout, kv, indices, s: _Shared):
 
     def drain(_, carry):
         plgpu.barrier_wait(s.freed.at[carry])
-        return _next(carry, SLOTS)
+        return next_slot(carry, SLOTS)
 
     unread = jnp.minimum(filled, SLOTS)
     lax.fori_loop(0, unread, drain, lax.rem(slot + SLOTS - unread, jnp.int32(SLOTS)))
@@ -275,7 +272,7 @@ def _scores(plan: _Plan, first, lse, weights, s: _Shared):
         plgpu.barrier_arrive(s.weighed.at[buffer])
         target = weights.at[plan.query(work), j, plan.heads(work)]
         plgpu.copy_smem_to_gmem(s.p_tile.at[buffer], target)
-        return place, 1 - buffer, _next(index_slot, INDEX_SLOTS), count + 1
+        return place, 1 - buffer, next_slot(index_slot, INDEX_SLOTS), count + 1
 
     def work_item(work, carry):
         place, *rest = carry
@@ -290,7 +287,7 @@ def _scores(plan: _Plan, first, lse, weights, s: _Shared):
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
     carry = _Place(zero, zero), zero, zero, zero
-    _, buffer, _, count = _for_each_work(plan, first, work_item, carry)
+    count = _for_each_work(plan, first, work_item, carry)[-1]
     for i in range(2):
 
         @pl.when(count > i)
@@ -322,7 +319,10 @@ def _values(plan: _Plan, first, delta, dscores, s: _Shared):
         place, *rest = carry
         here = _of_heads(delta.at[first + plan.query(work), plan.heads(work)])
         _, place = _to_registers(plan, s, place, plan.width, lambda _: 0, False)
-        shift = lambda number: number * plan.part - plan.value_start(number)
+
+        def shift(number):
+            return number * plan.part - value_start(number, plan.part, plan.values)
+
         dout, place = _to_registers(plan, s, place, plan.values, shift, True)
         body = functools.partial(tile, work, dout, here)
         return lax.fori_loop(0, plan.tiles, body, (place, *rest))

@@ -1,4 +1,4 @@
-"""Cases for `tests.aot.report`: the backward kernels of sparse attention as their callers meet them."""
+"""Cases for `tests.aot.report`: the backward of sparse attention as its callers meet it."""
 
 import jax
 import jax.numpy as jnp

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import op_cases
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import KeyRange, Selection, sparse_attention
-import op_cases
 
 DEVICES, QUERIES, HEADS, WIDTH, SELECTED = 4, 64, 2, 8, 12
 OPTIONS = {"value_width": 6, "scale": 0.5}

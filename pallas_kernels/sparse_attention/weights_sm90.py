@@ -145,7 +145,7 @@ def _load(plan: _Plan, first, q, dout, kv, indices, s: _Shared):
         query, heads = first + plan.query(work), plan.heads(work)
         fetch_indices(query, 0, index_slot)
         for table, width in ((q, plan.width), (dout, plan.values)):
-            for number, _ in enumerate(plan.chunks(width)):
+            for number in range(len(plan.chunks(width))):
                 start = (
                     number * plan.part
                     if table is q
@@ -159,7 +159,7 @@ def _load(plan: _Plan, first, q, dout, kv, indices, s: _Shared):
         def tile(j, carry):
             slot, filled, index_slot = carry
             plgpu.barrier_wait(s.picked_full.at[index_slot])
-            for number, _ in enumerate(plan.chunks(plan.width)):
+            for number in range(len(plan.chunks(plan.width))):
                 after = acquire(slot, filled)
                 gather_rows(
                     kv,

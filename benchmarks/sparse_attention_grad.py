@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from benchmarks.sparse_attention import SCALE, C, K, N, R, T, inputs, selections
+from benchmarks.sparse_attention import SCALE, SELECTIONS, C, K, N, R, T, inputs, random_selections
 from pallas_kernels.sparse_attention import backward_sm90, forward_sm90, reference
 
 FLOP = 2 * T * N * K * (3 * (C + R) + 2 * C)
@@ -37,8 +37,8 @@ def check() -> list[dict]:
     rng = np.random.default_rng()
     results = []
     for queries, heads, keys, selected in ((64, 128, 8192, 2048), (200, 64, 3000, 448)):
-        q, kv = inputs(rng, queries, heads, keys)
-        picked = selections(rng, queries, keys, selected, "random")
+        q, kv = inputs(rng, 1, queries, heads, keys)
+        picked = random_selections(rng, queries, keys, selected)
         count = rng.integers(0, selected + 1, queries)
         count[:4] = [0, 1, 64, selected]
         picked = np.where(np.arange(selected) < count[:, None], picked, -1)
@@ -63,8 +63,8 @@ def check() -> list[dict]:
 def measure(keys: int, kind: str) -> dict:
     """The time of one kind of selections."""
     rng = np.random.default_rng(0)
-    q, kv = inputs(rng, T, N, keys)
-    selected = jnp.asarray(selections(rng, T, keys, K, kind))
+    q, kv = inputs(rng, 1, T, N, keys)
+    selected = jnp.asarray(SELECTIONS[kind](rng, T, keys, K))
     dout = jnp.asarray(rng.standard_normal((1, T, N, C), np.float32), jnp.bfloat16)
     out, lse = forward_sm90.forward(q, kv, selected, value_width=C, scale=SCALE)
     run = functools.partial(backward_sm90.backward, scale=SCALE)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import checks
 from pallas_kernels.dispatch import Implementation, choose
-from pallas_kernels.sparse_attention import forward_sm90, reference
+from pallas_kernels.sparse_attention import backward_sm90, forward_sm90, reference
 from pallas_kernels.sparse_attention.pages import CachePages, Fp8Pages
 from pallas_kernels.tiling import WORKSPACE_BYTES, vary_like
 from pallas_kernels.types import Selection
@@ -19,7 +19,7 @@ from pallas_kernels.types import Selection
 # A kernel goes in here, beside the reference, and its limits into the choice of the op.
 _ATTEND = {
     "xla": (reference.forward, reference.backward),
-    "mosaic": (forward_sm90.forward, reference.backward),
+    "mosaic": (forward_sm90.forward, backward_sm90.backward),
 }
 _DECODE = {"xla": reference.decode}
 
@@ -31,6 +31,7 @@ def sparse_attention(
     *,
     value_width: int,
     scale: float,
+    keys_axis: str | None = None,
     implementation: Implementation = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[Float[Array, "B T N V"], Float32[Array, "B T N"]]:
@@ -42,7 +43,8 @@ def sparse_attention(
     (DeepSeek-V3.2-Exp report, equation 2, on MLA with `W_UK` absorbed into the query). All heads
     share the row of a key, whose first columns are also the value. Softmax and sums are in fp32.
     Differentiable in q and kv, through out and lse; the backward pass rebuilds the weights from
-    lse and adds the gradient of kv up in fp32 (on CPU in a fixed order, so bit-equal between runs).
+    lse and adds the gradient of kv up in fp32: the kernel always, and XLA on CPU, in a fixed order,
+    so bit-equal between runs.
 
     Rows of kv that are not selected are never used, whatever they hold. For rematerialisation
     policies the results carry the `checkpoint_name`s "sparse_attention.out" and
@@ -54,9 +56,13 @@ def sparse_attention(
         selection: which keys each query attends to. Entries outside `0..S-1` are ignored.
         value_width: how many first columns of kv are the value: C.
         scale: factor of the dot products before the softmax.
+        keys_axis: inside `shard_map`, the mesh axis over whose devices the keys are dealt out in
+            order (context parallelism): kv is this device's share, indices count through all. The
+            op gathers the keys, and adds their gradient up over the devices in fp32.
         implementation: `"mosaic"`, `"xla"`, or None for the fastest that serves the call.
         workspace_bytes: bound on the temporary memory of the XLA implementation, as long as one
-            query, and in the backward pass a fp32 copy of one row of kv, fit it.
+            query, and in the backward pass a fp32 copy of one row of kv, fit it. The backward
+            kernel takes 4 GiB where it is less and the call is large enough to use them.
 
     Returns:
         out in q's dtype, and the natural log-sum-exp in fp32. A query without keys has out 0, lse
@@ -85,6 +91,7 @@ def sparse_attention(
         scale=scale,
         workspace_bytes=checks.positive_int(op, "workspace_bytes", workspace_bytes),
         implementation=choose(op, implementation, unsupported),
+        keys_axis=keys_axis,
     )
     arguments = (q, kv, selection.indices)
     return _attend(*vary_like(arguments, arguments), config)
@@ -175,13 +182,20 @@ class _Config(NamedTuple):
     scale: float
     workspace_bytes: int
     implementation: str
+    keys_axis: str | None = None
+
+
+def _all_keys(kv, config: _Config):
+    if config.keys_axis is None:
+        return kv
+    return jax.lax.all_gather(kv, config.keys_axis, axis=1, tiled=True)
 
 
 def _run(q, kv, indices, config: _Config) -> tuple[jax.Array, jax.Array]:
     forward, _ = _ATTEND[config.implementation]
     return forward(
         q,
-        kv,
+        _all_keys(kv, config),
         indices,
         value_width=config.value_width,
         scale=config.scale,
@@ -198,10 +212,19 @@ def _attend_forward(q, kv, indices, config):
 
 def _attend_backward(config, residuals, gradients):
     _, backward = _ATTEND[config.implementation]
+    q, kv, *others = residuals
     dq, dkv = backward(
-        *residuals, *gradients, scale=config.scale, workspace_bytes=config.workspace_bytes
+        q,
+        _all_keys(kv, config),
+        *others,
+        *gradients,
+        scale=config.scale,
+        workspace_bytes=config.workspace_bytes,
+        dkv_dtype=kv.dtype if config.keys_axis is None else jnp.float32,
     )
-    return dq, dkv, None
+    if config.keys_axis is not None:
+        dkv = jax.lax.psum_scatter(dkv, config.keys_axis, scatter_dimension=1, tiled=True)
+    return dq, dkv.astype(kv.dtype), None
 
 
 _attend = jax.custom_vjp(_run, nondiff_argnums=(3,))

@@ -75,9 +75,11 @@ def _attend_gradient(q, rows, valid, out, lse, dout, dlse, *, scale):
     return dq, einsum("BTNK,BTND->BTKD", *both)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
-def backward(q, kv, indices, out, lse, dout, dlse, *, scale: float, workspace_bytes: int):
-    """Gradients of q and kv in their dtypes; that of kv is added up in fp32."""
+@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "dkv_dtype"))
+def backward(
+    q, kv, indices, out, lse, dout, dlse, *, scale: float, workspace_bytes: int, dkv_dtype=None
+):
+    """Gradients of q and kv, added up in fp32, in their dtypes or that of kv in another."""
     batch, queries, heads, width = q.shape
     selected = indices.shape[2]
     blocks = tiling.plan(
@@ -100,7 +102,7 @@ def backward(q, kv, indices, out, lse, dout, dlse, *, scale: float, workspace_by
         kv,
         (q, indices, out, lse, dout, dlse),
         start=lambda kv: jnp.zeros(kv.shape, jnp.float32),
-        finish=lambda dkv: dkv.astype(kv.dtype),
+        finish=lambda dkv: dkv.astype(dkv_dtype or kv.dtype),
     )
     return dq, dkv
 

@@ -1,0 +1,116 @@
+"""The backward of sparse attention on Hopper, bit-equal between runs.
+
+Four kernels for a window of queries after another, as many as the workspace holds:
+
+    weights_sm90    P and dS, [window, N, K] in bf16
+    dq_sm90         dQ = dS K
+    rows_sm90       for every query and selected key the row dS^T Q + P^T dO, in bf16
+    sum_rows_sm90   dKV: the rows of each key added up in fp32, in the order of the queries
+
+Adding rows where they belong with atomics would take as long: a fp32 row costs 2.3 KB of atomic
+traffic, a bf16 row 1.15 KB written and 1.15 KB read; and atomics slow down to a third once dKV is
+larger than the L2, and have no order. A row in bf16 is what a matmul in bf16 would give for it; the
+roundings of a key's rows are independent and so weigh less in their sum than its own final one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.sparse_attention import (
+    dq_sm90,
+    forward_sm90,
+    rows_sm90,
+    sum_rows_sm90,
+    weights_sm90,
+)
+from pallas_kernels.tiling import vary_like
+
+TILES = 128  # selected keys, of which the kernels take two tiles at a time
+# A window costs a pass over dKV in fp32 and the ends of three kernels, so that few are better.
+WORKSPACE_BYTES = 4 * 2**30
+_LOG2E = math.log2(math.e)
+
+
+def unsupported(q, kv, *, value_width: int) -> str | None:
+    """Why this kernel cannot serve such a call; None where it can."""
+    return forward_sm90.unsupported(q, kv, value_width=value_width)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "dkv_dtype"))
+def backward(
+    q, kv, indices, out, lse, dout, dlse, *, scale: float, workspace_bytes: int = 0, dkv_dtype=None
+):
+    """Gradients of q and kv, in their dtypes or that of kv in another; it is added up in fp32."""
+    _, _, heads, width = q.shape
+    # P, dS and the rows in bf16, two lists in i32. Heads are padded, and split above 128.
+    selected, padded = -(-indices.shape[2] // TILES) * TILES, -(-heads // 64) * 64
+    per_query = selected * (2 * 2 * padded + (2 * width + 8) * -(-heads // 128))
+    window = max(workspace_bytes, WORKSPACE_BYTES) // per_query
+    dq, dkv = gradients(q, kv, indices, out, lse, dout, dlse, scale=scale, window=window)
+    return dq, dkv.astype(dkv_dtype or kv.dtype)
+
+
+def gradients(
+    q, kv, indices, out, lse, dout, dlse, *, scale, window, sms: int = 132, interpret=None
+):
+    """The gradients of q, and of kv in f32, with at most so many queries in a window."""
+    batch, queries, heads, width = q.shape
+    rows = kv.shape[1]
+    finite = jnp.isfinite(lse)
+    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
+    lse, delta = jnp.where(finite, lse * _LOG2E, 0.0), jnp.where(finite, delta, 0.0)
+
+    # More than 128 heads are as many queries with the same keys.
+    split = -(-heads // 128)
+    some = -(-heads // split // 64) * 64
+
+    def by_query(x):
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, some * split - heads)] + [(0, 0)] * (x.ndim - 3))
+        return x.reshape(batch * queries * split, some, *x.shape[3:])
+
+    q, dout, lse, delta = (by_query(x) for x in (q, dout, lse, delta))
+    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % TILES)), constant_values=-1)
+    indices = jnp.repeat(indices.reshape(batch * queries, -1), split, axis=0)
+    total = indices.shape[0]
+    keys = kv.reshape(-1, width)
+    blocks = -(-keys.shape[0] // sum_rows_sm90.BLOCK)
+    parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
+    window = min(max(1, window * split), total)
+    window = -(-total // -(-total // window))  # windows of one size
+    options = {"window": window, "queries": queries * split, "rows": rows, "sms": sms}
+
+    def step(dkv, first):
+        start = first.reshape(1)
+        weights, dscores = weights_sm90.weights_and_dscores(
+            start, q, dout, lse, delta, keys, indices, scale=scale, **options, interpret=interpret
+        )
+        dq = dq_sm90.dq_of_queries(
+            start, some, keys, indices, dscores, **options, interpret=interpret
+        )
+        added = rows_sm90.rows_of_queries(
+            start, q, dout, weights, dscores, window=window, sms=sms, interpret=interpret
+        )
+        number = first + jnp.arange(window)[:, None]
+        mine = jnp.take(indices, number[:, 0], axis=0, mode="fill", fill_value=-1)
+        exists = (mine >= 0) & (mine < rows)
+        mine = jnp.where(exists, mine + number // (queries * split) * rows, -1)
+        lists = sum_rows_sm90.pairs_by_block(mine, blocks=blocks)
+        added = added.reshape(-1, width)
+        dkv = sum_rows_sm90.sum_rows(dkv, added, *lists, parts=parts, sms=sms, interpret=interpret)
+        # The kernels do not tell over which mesh axes their results vary.
+        return vary_like((dkv, dq), (q, kv))
+
+    dkv = vary_like(jnp.zeros((blocks * sum_rows_sm90.BLOCK, width), jnp.float32), (q, kv))
+    firsts = jnp.arange(0, total, window, dtype=jnp.int32)
+    if len(firsts) == 1:
+        dkv, dq = step(dkv, firsts[0])
+    else:
+        dkv, dq = lax.scan(step, dkv, firsts)
+    dq = dq.reshape(-1, some, width)[:total].reshape(batch, queries, -1, width)[:, :, :heads]
+    return dq, dkv[: batch * rows].reshape(batch, rows, width)

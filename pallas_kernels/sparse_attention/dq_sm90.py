@@ -1,0 +1,261 @@
+# Mosaic GPU's annotations differ between JAX releases and do not know what its decorators do.
+# pyright: reportAbstractUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false
+"""Part of sparse attention's backward on Hopper: the gradient of the queries.
+
+    dQ[n] = sum_k dS[n, k] kv[k]                        over the selected keys k of a query
+
+A CTA computes one share of the columns (192 of 576) for queries one after the other, for all heads:
+so what it gathers of a key is needed once. Three warpgroups:
+
+    UPPER, LOWER  dQ of 64 heads each
+    LOADER        fills a ring with tiles of 64 keys and their dS
+
+SMEM at 576 columns and 128 heads: 4 x (16,384 dS + 24,576 keys) of ring, 2 x 24,576 of dQ on its
+way out, 2,048 of indices. Registers of a thread: UPPER and LOWER 216 (96 of dQ), LOADER 40.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.gather import TILE, Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper.wgmma import Product, multiply_add
+from pallas_kernels.sparse_attention.backward_shares import (
+    next_slot,
+    share_columns,
+    strided_loop,
+)
+
+HEADS = 64  # of a warpgroup
+KEYS = 64  # of a tile
+SLOTS = 4  # of the ring
+INDEX_SLOTS = 6
+UPPER, LOWER, LOADER = range(3)
+_REGISTERS = {UPPER: 216, LOWER: 216, LOADER: 40}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The static numbers of a call."""
+
+    queries: int  # T, of one batch row
+    rows: int  # S, of one batch row
+    heads: int  # 64 or 128
+    width: int  # C + R
+    tiles: int  # of 64 selected keys
+    window: int  # queries of a call, at most
+    total: int  # queries of all calls
+    lanes: int  # CTAs of a share
+    interpret: bool
+
+    @property
+    def part(self) -> int:
+        return share_columns(self.width)
+
+    @property
+    def shares(self) -> int:
+        return self.width // self.part
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """SMEM and barriers."""
+
+    ds_tile: Any  # bf16 [SLOTS, N, 64]
+    keys: Any  # bf16 [SLOTS, 64, part]
+    out_tile: Any  # bf16 [N, part]: dQ on its way out
+    picked: Any  # i32 [INDEX_SLOTS + 1, 64]; the last row holds Landing's words
+    picked_full: Any
+    full: Any  # dS of the slot is there
+    freed: Any  # and no longer needed, nor the keys
+    started: Any
+    landing: Landing
+
+
+def _for_each_query(plan: _Plan, first, body, carry):
+    """`carry = body(query of the window, carry)` over this CTA's share of the window."""
+    queries = jnp.minimum(plan.window, plan.total - first)
+    return strided_loop(queries, body, carry, axis="lane", ctas=plan.lanes)
+
+
+def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
+    """LOADER."""
+
+    def fetch_indices(query, tile, index_slot):
+        source = indices.at[first + query, pl.ds(tile * KEYS, KEYS)]
+        plgpu.copy_gmem_to_smem(source, s.picked.at[index_slot], s.picked_full.at[index_slot])
+
+    def tile(query, j, carry):
+        slot, filled, index_slot = carry
+        following = next_slot(index_slot, INDEX_SLOTS)
+
+        @pl.when(j + 1 < plan.tiles)
+        def _():
+            fetch_indices(query, j + 1, following)
+
+        @pl.when(filled >= SLOTS)
+        def _():
+            plgpu.barrier_wait(s.freed.at[slot])
+
+        plgpu.copy_gmem_to_smem(dscores.at[query, j], s.ds_tile.at[slot], s.full.at[slot])
+        plgpu.barrier_wait(s.picked_full.at[index_slot])
+        gather_rows(
+            kv,
+            s.picked.at[index_slot],
+            s.keys.at[slot],
+            s.landing,
+            slot,
+            first_row=lax.div(first + query, jnp.int32(plan.queries)) * plan.rows,
+            rows=plan.rows,
+            first_column=share * plan.part,
+            columns=(0, plan.part),
+            arrive=True,
+        )
+        return next_slot(slot, SLOTS), filled + 1, following
+
+    def work_item(query, carry):
+        fetch_indices(query, 0, carry[2])
+        return lax.fori_loop(0, plan.tiles, functools.partial(tile, query), carry)
+
+    plgpu.barrier_wait(s.started)
+    zero = jnp.int32(0)
+    slot, filled, _ = _for_each_query(plan, first, work_item, (zero, zero, zero))
+
+    def drain(_, slot):
+        plgpu.barrier_wait(s.freed.at[slot])
+        return next_slot(slot, SLOTS)
+
+    unread = jnp.minimum(filled, SLOTS)
+    lax.fori_loop(0, unread, drain, lax.rem(slot + SLOTS - unread, jnp.int32(SLOTS)))
+
+
+def _multiply(plan: _Plan, role, share, first, dq, s: _Shared):
+    """UPPER and LOWER; without heads of its own LOWER only lets go of the slots."""
+    columns = pl.ds(share * plan.part, plan.part)
+    mine = pl.ds(role * HEADS, HEADS)
+    has_heads = role * HEADS < plan.heads
+
+    def tile(_, carry):
+        accumulators, slot, phases = carry
+        plgpu.barrier_wait(s.full.at[slot])
+        steps = [functools.partial(s.landing.wait, slot, phases)]
+        if has_heads:
+            steps.append(Product(0, s.ds_tile.at[slot, mine], s.keys.at[slot]))
+        accumulators = multiply_add(accumulators, steps, plan.interpret)
+        warpgroup_barrier(plan.interpret)
+        plgpu.barrier_arrive(s.freed.at[slot])
+        return accumulators, next_slot(slot, SLOTS), Landing.next(slot, phases)
+
+    def work_item(query, carry):
+        zeros = plgpu.layout_cast(jnp.zeros((HEADS, plan.part), jnp.float32), plgpu.Layout.WGMMA)
+        carry = [zeros] if has_heads else [], *carry
+        accumulators, *carry = lax.fori_loop(0, plan.tiles, tile, carry)
+        if has_heads:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            warpgroup_barrier(plan.interpret)
+            s.out_tile.at[mine][...] = accumulators[0].astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(s.out_tile.at[mine], dq.at[query, mine, columns])
+        return carry
+
+    if role == UPPER:
+        s.landing.initialize()
+        plgpu.barrier_arrive(s.started)
+    plgpu.barrier_wait(s.started)
+    _for_each_query(plan, first, work_item, [jnp.int32(0), jnp.int32(0)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _kernel(first, kv, indices, dscores, dq, *, plan: _Plan, **shared):
+    words = shared.pop("landed", shared["picked"])
+    landing = Landing(words, 4 * INDEX_SLOTS * KEYS, SLOTS, plan.interpret)
+    s = _Shared(**shared, landing=landing)
+    role = lax.axis_index("role")
+    start = first[0]
+    for number in (UPPER, LOWER, LOADER):
+
+        @pl.when(role == number)
+        def _(number=number):
+            action = "decrease" if number == LOADER else "increase"
+            plgpu.set_max_registers(_REGISTERS[number], action=action)
+            for share in range(plan.shares):
+
+                @pl.when(lax.axis_index("share") == share)
+                def _(share=share):
+                    if number == LOADER:
+                        _load(plan, share, start, kv, indices, dscores, s)
+                    else:
+                        _multiply(plan, number, share, start, dq, s)
+
+
+def dq_of_queries(
+    first, heads, kv, indices, dscores, *, window, queries, rows, sms, interpret=None
+):
+    """dQ of a window of queries, bf16 `[window, N, C + R]`.
+
+    Args:
+        first: i32 `[1]`, the first query of the window.
+        heads: N, 64 or 128.
+        kv: bf16 `[batch x S, C + R]`.
+        indices: i32 `[all queries, K]`, K a multiple of 64.
+        dscores: dS, bf16 `[window, K / 64, N, 64]`.
+        window: queries of the window; what lies past the last query is left as it is.
+        queries: T of a batch row.
+        rows: S of a batch row.
+        sms: CTAs.
+        interpret: parameters of interpret mode, or None.
+    """
+    width = kv.shape[-1]
+    part = share_columns(width)
+    plan = _Plan(
+        queries=queries,
+        rows=rows,
+        heads=heads,
+        width=width,
+        tiles=indices.shape[-1] // KEYS,
+        window=window,
+        total=indices.shape[0],
+        lanes=max(1, min(sms // (width // part), window)),
+        interpret=interpret is not None,
+    )
+
+    def tile(*shape):
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILE)
+
+    landed = {"landed": plgpu.Barrier(num_barriers=SLOTS)} if plan.interpret else {}
+
+    def sparse_attention_dq(*refs, **scratch):  # its name is the kernel's
+        _kernel(*refs, plan=plan, **scratch)
+
+    return plgpu.kernel(
+        sparse_attention_dq,
+        out_type=jax.ShapeDtypeStruct((window, heads, width), jnp.bfloat16),
+        scratch_types={
+            **landed,
+            "ds_tile": tile(SLOTS, heads, KEYS),
+            "keys": tile(SLOTS, KEYS, part),
+            "out_tile": tile(heads, part),
+            "picked": plgpu.SMEM((INDEX_SLOTS + 1, KEYS), jnp.int32),
+            "picked_full": plgpu.Barrier(num_barriers=INDEX_SLOTS),
+            "full": plgpu.Barrier(num_barriers=SLOTS),
+            "freed": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+            "started": plgpu.Barrier(),
+        },
+        grid=(plan.shares, plan.lanes),
+        grid_names=("share", "lane"),
+        num_threads=3,
+        thread_name="role",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        **({"interpret": interpret} if interpret is not None else {}),
+    )(first, kv, indices, dscores)

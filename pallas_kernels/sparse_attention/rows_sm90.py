@@ -1,0 +1,299 @@
+# Mosaic GPU's annotations differ between JAX releases and do not know what its decorators do.
+# pyright: reportAbstractUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false
+"""Part of sparse attention's backward on Hopper: what each query adds to dKV.
+
+    rows[k] = sum_n dS[n, k] q[n] + P[n, k] dO[n]       one row for each selected key, in bf16
+
+A CTA computes one share of the columns (192 of 576) for queries one after the other, with Q and dO
+of all heads in SMEM. The shares of a query are computed at about the same time by different CTAs,
+so that P and dS come from the L2 for all but one. Three warpgroups:
+
+    EVEN, ODD  the rows of every other tile of 64 keys
+    LOADER     fills a ring with P and dS of the tiles
+
+The products of one warpgroup run while the other writes out its rows; for that they take turns with
+one place in SMEM.
+
+SMEM at 576 columns and 128 heads: 49,152 each of Q and dO, 3 x (16,384 P + 16,384 dS) of ring,
+24,576 of rows. Registers of a thread: EVEN and ODD 216 (96 of rows), LOADER 40.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.gather import TILE, warpgroup_barrier
+from pallas_kernels.hopper.wgmma import Product, multiply_add
+from pallas_kernels.sparse_attention.backward_shares import (
+    share_columns,
+    strided_loop,
+    value_columns,
+    value_start,
+)
+
+KEYS = 64  # of a tile
+SLOTS = 3  # of the ring
+EVEN, ODD, LOADER = range(3)
+_REGISTERS = {EVEN: 216, ODD: 216, LOADER: 40}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The static numbers of a call."""
+
+    width: int  # C + R
+    values: int  # C
+    tiles: int  # of 64 selected keys, an even number
+    window: int  # queries of a call, at most
+    total: int  # queries of all calls
+    lanes: int  # CTAs of a share
+    interpret: bool
+
+    @property
+    def part(self) -> int:
+        return share_columns(self.width)
+
+    @property
+    def shares(self) -> int:
+        return self.width // self.part
+
+    def value_columns(self, share: int) -> int:
+        return value_columns(share, self.part, self.values)
+
+    def value_start(self, share: int) -> int:
+        return value_start(share, self.part, self.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """SMEM and barriers."""
+
+    query: Any  # bf16 [N, part]
+    dout_tile: Any  # bf16 [N, part]
+    p_tile: Any  # bf16 [SLOTS, N, 64]
+    ds_tile: Any  # bf16 [SLOTS, N, 64]
+    out_tile: Any  # bf16 [64, part]: rows on their way out
+    query_full: Any
+    query_read: Any  # EVEN and ODD need Q and dO no longer
+    full: Any  # P and dS of a slot are there, for EVEN and for ODD: who waits must never miss one
+    freed: Any  # and no longer needed
+    turn: Any  # of EVEN, of ODD, to use `out_tile`
+
+
+def _for_each_query(plan: _Plan, first, body, carry):
+    """`carry = body(query of the window, carry)` over this CTA's share of the window."""
+    queries = jnp.minimum(plan.window, plan.total - first)
+    return strided_loop(queries, body, carry, axis="lane", ctas=plan.lanes)
+
+
+def _after(slot, steps):
+    """The slot so many steps, fewer than SLOTS, further on."""
+    return lax.rem(slot + steps, jnp.int32(SLOTS))
+
+
+def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
+    """LOADER."""
+    columns = pl.ds(share * plan.part, plan.part)
+
+    def load_query(query, filled):
+        @pl.when(filled >= plan.tiles)
+        def _():
+            plgpu.barrier_wait(s.query_read)
+
+        plgpu.copy_gmem_to_smem(q.at[first + query, :, columns], s.query, s.query_full)
+        if plan.value_columns(share):
+            some = pl.ds(plan.value_start(share), plan.part)
+            plgpu.copy_gmem_to_smem(dout.at[first + query, :, some], s.dout_tile, s.query_full)
+
+    def tile(query, j, carry):
+        slot, filled = carry
+
+        @pl.when(filled >= SLOTS)
+        def _():
+            plgpu.barrier_wait(s.freed.at[slot])
+
+        full = s.full.at[2 * slot + lax.rem(j, jnp.int32(2))]
+        if plan.value_columns(share):
+            plgpu.copy_gmem_to_smem(weights.at[query, j], s.p_tile.at[slot], full)
+        plgpu.copy_gmem_to_smem(dscores.at[query, j], s.ds_tile.at[slot], full)
+
+        # Two tiles of a query find a slot while the last of the query before is in use.
+        @pl.when(j == 1)
+        def _():
+            load_query(query, filled)
+
+        return _after(slot, 1), filled + 1
+
+    def work_item(query, carry):
+        return lax.fori_loop(0, plan.tiles, functools.partial(tile, query), carry)
+
+    zero = jnp.int32(0)
+    slot, filled = _for_each_query(plan, first, work_item, (zero, zero))
+
+    @pl.when(filled > 0)
+    def _():
+        plgpu.barrier_wait(s.query_read)
+
+    unread = jnp.minimum(filled, SLOTS)
+
+    def drain(_, slot):
+        plgpu.barrier_wait(s.freed.at[slot])
+        return _after(slot, 1)
+
+    lax.fori_loop(0, unread, drain, _after(slot, SLOTS - unread))
+
+
+def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
+    """EVEN and ODD."""
+    values = plan.value_columns(share)
+    shift = share * plan.part - plan.value_start(share) if values else 0
+    columns = pl.ds(share * plan.part, plan.part)
+    # Apart where a share ends with columns that are no value.
+    widths = [w for w in (values, plan.part - values) if w]
+
+    def pair(query, j, carry):
+        slot, count = carry
+        mine = _after(slot, role)
+        plgpu.barrier_wait(s.full.at[2 * mine + role])
+        p_tile, ds_tile = s.p_tile.at[mine], s.ds_tile.at[mine]
+        steps = []
+        if values:
+            steps.append(Product(0, p_tile.T, s.dout_tile.at[:, pl.ds(shift, values)]))
+        for i, width in enumerate(widths):
+            right = s.query.at[:, pl.ds(sum(widths[:i]), width)]
+            steps.append(Product(i, ds_tile.T, right))
+        zeros = [
+            plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), plgpu.Layout.WGMMA)
+            for width in widths
+        ]
+        found = multiply_add(zeros, steps, plan.interpret)
+        warpgroup_barrier(plan.interpret)
+        plgpu.barrier_arrive(s.freed.at[mine])
+        plgpu.barrier_arrive(s.query_read, predicate=2 * j + 2 == plan.tiles)
+
+        if role == EVEN:  # the first turn is free
+
+            @pl.when(count > 0)
+            def _():
+                plgpu.barrier_wait(s.turn.at[EVEN])
+
+        else:
+            plgpu.barrier_wait(s.turn.at[ODD])
+        for i, part in enumerate(found):
+            out = s.out_tile.at[:, pl.ds(sum(widths[:i]), widths[i])]
+            out[...] = part.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        target = rows.at[query, pl.ds((2 * j + role) * KEYS, KEYS), columns]
+        plgpu.copy_smem_to_gmem(s.out_tile, target)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        warpgroup_barrier(plan.interpret)
+        plgpu.barrier_arrive(s.turn.at[1 - role])
+        return _after(slot, 2), count + 1
+
+    def work_item(query, carry):
+        plgpu.barrier_wait(s.query_full)
+        return lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), carry)
+
+    zero = jnp.int32(0)
+    _, count = _for_each_query(plan, first, work_item, (zero, zero))
+    if role == EVEN:
+
+        @pl.when(count > 0)
+        def _():
+            plgpu.barrier_wait(s.turn.at[EVEN])
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _kernel(first, q, dout, weights, dscores, rows, *, plan: _Plan, **shared):
+    role = lax.axis_index("role")
+    start = first[0]
+    # A barrier counts the copies: one less where the share has no value columns.
+    barriers = shared.pop("query_full"), shared.pop("full")
+
+    def run(number, share):
+        copies = 1 if plan.value_columns(share) else 0
+        query_full, full = (b[copies] for b in barriers)
+        s = _Shared(**shared, query_full=query_full, full=full)
+        if number == LOADER:
+            _load(plan, share, start, q, dout, weights, dscores, s)
+        else:
+            _multiply(plan, number, share, start, rows, s)
+
+    for number in (EVEN, ODD, LOADER):
+
+        @pl.when(role == number)
+        def _(number=number):
+            action = "decrease" if number == LOADER else "increase"
+            plgpu.set_max_registers(_REGISTERS[number], action=action)
+            for share in range(plan.shares):
+
+                @pl.when(lax.axis_index("share") == share)
+                def _(share=share):
+                    run(number, share)
+
+
+def rows_of_queries(first, q, dout, weights, dscores, *, window, sms, interpret=None):
+    """What a window of queries adds to dKV, bf16 `[window, K, C + R]`.
+
+    Args:
+        first: i32 `[1]`, the first query of the window.
+        q: bf16 `[all queries, N, C + R]`, N 64 or 128.
+        dout: bf16 `[all queries, N, C]`.
+        weights: P, bf16 `[window, K / 64, N, 64]`, K a multiple of 128.
+        dscores: dS, as P.
+        window: queries of the window; what lies past the last query is left as it is.
+        sms: CTAs.
+        interpret: parameters of interpret mode, or None.
+    """
+    total, heads, width = q.shape
+    part, tiles = share_columns(width), weights.shape[1]
+    plan = _Plan(
+        width=width,
+        values=dout.shape[-1],
+        tiles=tiles,
+        window=window,
+        total=total,
+        lanes=max(1, min(sms // (width // part), window)),
+        interpret=interpret is not None,
+    )
+
+    def tile(*shape):
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILE)
+
+    def sparse_attention_rows(*refs, **scratch):  # its name is the kernel's
+        _kernel(*refs, plan=plan, **scratch)
+
+    return plgpu.kernel(
+        sparse_attention_rows,
+        out_type=jax.ShapeDtypeStruct((window, tiles * KEYS, width), jnp.bfloat16),
+        scratch_types={
+            "query": tile(heads, part),
+            "dout_tile": tile(heads, part),
+            "p_tile": tile(SLOTS, heads, KEYS),
+            "ds_tile": tile(SLOTS, heads, KEYS),
+            "out_tile": tile(KEYS, part),
+            "query_full": [plgpu.Barrier(num_arrivals=n) for n in (1, 2)],
+            "query_read": plgpu.Barrier(num_arrivals=2),
+            "full": [plgpu.Barrier(num_arrivals=n, num_barriers=2 * SLOTS) for n in (1, 2)],
+            "freed": plgpu.Barrier(num_barriers=SLOTS),
+            "turn": plgpu.Barrier(num_barriers=2),
+        },
+        grid=(plan.shares, plan.lanes),
+        grid_names=("share", "lane"),
+        num_threads=3,
+        thread_name="role",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        **({"interpret": interpret} if interpret is not None else {}),
+    )(first, q, dout, weights, dscores)

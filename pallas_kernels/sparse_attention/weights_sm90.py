@@ -1,0 +1,432 @@
+# Mosaic GPU's annotations differ between JAX releases and do not know what its decorators do.
+# pyright: reportAbstractUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false
+"""First part of sparse attention's backward on Hopper: the weights P again, and dS.
+
+    P  = exp(scale Q K^T - lse)
+    dS = scale P (dO V^T - delta)        delta = rowsum(dO O) - dlse
+
+for the selected keys of each query, in bf16, to GMEM. A CTA works through (query, 64 heads) pairs
+for its whole life; both head halves of a query run as a cluster of two CTAs that share nothing:
+that they ask for the same rows at the same time is what makes the gather fast. Three warpgroups:
+
+    SCORES  holds Q in registers; S of a tile of 64 keys, then P
+    VALUES  holds dO in registers; dO V^T, then dS from the P that SCORES left in SMEM
+    LOADER  fills the ring
+
+What flows through the ring are parts, up to 192 columns of a tile: of each piece of work first
+those of Q and dO, which only pass through on their way to registers, then those of its key tiles.
+Both SCORES and VALUES read a part, then it is free. What one computes of the softmax overlaps the
+products of the other.
+
+SMEM at 576 columns: 8 x 24,576 of ring, 2 x 2 x 8,192 of P and dS on their way out, 2,048 of
+indices. Registers of a thread: SCORES 232 (144 of Q, 32 of S), VALUES 232 (128 of dO, 32 of dP),
+LOADER 40.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.gather import TILE, Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
+from pallas_kernels.sparse_attention.backward_shares import (
+    next_slot,
+    share_columns,
+    strided_loop,
+    value_start,
+)
+
+HEADS = 64  # of a CTA: one wgmma's rows
+KEYS = 64  # of a tile
+CHUNK = 64  # columns that a 128-byte swizzle spans
+SLOTS = 8  # of the ring
+INDEX_SLOTS = 7
+SCORES, VALUES, LOADER = range(3)
+_REGISTERS = {SCORES: 232, VALUES: 232, LOADER: 40}
+_LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The static numbers of a call."""
+
+    queries: int  # T, of one batch row
+    rows: int  # S, of one batch row
+    groups: int  # of 64 heads
+    cluster: int  # CTAs of a cluster: 2 or 1
+    width: int  # C + R
+    values: int  # C
+    tiles: int  # of 64 selected keys
+    scale: float
+    window: int  # queries of a call, at most
+    total: int  # queries of all calls
+    clusters: int
+    interpret: bool
+
+    @property
+    def part(self) -> int:
+        return share_columns(self.width)
+
+    def chunks(self, width):
+        """The chunks of so many columns, by part: offsets in the part."""
+        return [
+            list(range(0, min(self.part, width - start), CHUNK))
+            for start in range(0, width, self.part)
+        ]
+
+    def query(self, work):
+        return lax.div(work, jnp.int32(self.groups // self.cluster))
+
+    def heads(self, work):
+        shared = lax.rem(work, jnp.int32(self.groups // self.cluster))
+        return pl.ds((shared * self.cluster + lax.axis_index("half")) * HEADS, HEADS)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """SMEM and barriers."""
+
+    ring: Any  # bf16 [SLOTS, 64, part]
+    p_tile: Any  # bf16 [2, 64, 64]
+    ds_tile: Any  # bf16 [2, 64, 64]
+    picked: Any  # i32 [INDEX_SLOTS + 1, 64]; the last row holds Landing's words
+    query_full: Any  # a part of Q or dO is there
+    picked_full: Any
+    freed: Any  # SCORES and VALUES have read the part
+    weighed: Any  # P of the tile is there
+    weights_read: Any
+    started: Any
+    landing: Landing
+
+
+class _Place(NamedTuple):
+    """Where a warpgroup is: slot of the ring, and phases of the landing."""
+
+    slot: Any
+    phases: Any
+
+    def next(self) -> _Place:
+        return self._replace(slot=next_slot(self.slot, SLOTS))
+
+
+def _for_each_work(plan: _Plan, first, body, carry):
+    """`carry = body(work, carry)` over this cluster's share of the window from `first`."""
+    queries = jnp.minimum(plan.window, plan.total - first)
+    work = queries * (plan.groups // plan.cluster)
+    return strided_loop(work, body, carry, axis="cluster", ctas=plan.clusters)
+
+
+def _load(plan: _Plan, first, q, dout, kv, indices, s: _Shared):
+    """LOADER."""
+
+    def acquire(slot, filled):
+        @pl.when(filled >= SLOTS)
+        def _():
+            plgpu.barrier_wait(s.freed.at[slot])
+
+        return next_slot(slot, SLOTS), filled + 1
+
+    def fetch_indices(query, tile, index_slot):
+        source = indices.at[query, pl.ds(tile * KEYS, KEYS)]
+        plgpu.copy_gmem_to_smem(source, s.picked.at[index_slot], s.picked_full.at[index_slot])
+
+    def work_item(work, carry):
+        slot, filled, index_slot = carry
+        query, heads = first + plan.query(work), plan.heads(work)
+        fetch_indices(query, 0, index_slot)
+        for table, width in ((q, plan.width), (dout, plan.values)):
+            for number in range(len(plan.chunks(width))):
+                start = (
+                    number * plan.part
+                    if table is q
+                    else value_start(number, plan.part, plan.values)
+                )
+                source = table.at[query, heads, pl.ds(start, plan.part)]
+                after = acquire(slot, filled)
+                plgpu.copy_gmem_to_smem(source, s.ring.at[slot], s.query_full.at[slot])
+                slot, filled = after
+
+        def tile(j, carry):
+            slot, filled, index_slot = carry
+            plgpu.barrier_wait(s.picked_full.at[index_slot])
+            for number in range(len(plan.chunks(plan.width))):
+                after = acquire(slot, filled)
+                gather_rows(
+                    kv,
+                    s.picked.at[index_slot],
+                    s.ring.at[slot],
+                    s.landing,
+                    slot,
+                    first_row=lax.div(query, jnp.int32(plan.queries)) * plan.rows,
+                    rows=plan.rows,
+                    first_column=number * plan.part,
+                    columns=(0, plan.part),
+                    arrive=True,
+                )
+                slot, filled = after
+                if number == 0:
+
+                    @pl.when(j + 1 < plan.tiles)
+                    def _():
+                        fetch_indices(query, j + 1, next_slot(index_slot, INDEX_SLOTS))
+
+            return slot, filled, next_slot(index_slot, INDEX_SLOTS)
+
+        return lax.fori_loop(0, plan.tiles, tile, (slot, filled, index_slot))
+
+    plgpu.barrier_wait(s.started)
+    zero = jnp.int32(0)
+    slot, filled, _ = _for_each_work(plan, first, work_item, (zero, zero, zero))
+
+    def drain(_, carry):
+        plgpu.barrier_wait(s.freed.at[carry])
+        return next_slot(carry, SLOTS)
+
+    unread = jnp.minimum(filled, SLOTS)
+    lax.fori_loop(0, unread, drain, lax.rem(slot + SLOTS - unread, jnp.int32(SLOTS)))
+
+
+def _to_registers(plan: _Plan, s: _Shared, place: _Place, width: int, shift, keep: bool):
+    """Q or dO, out of the ring in chunks; `keep` says whether this warpgroup wants it."""
+    kept = []
+    for number, chunks in enumerate(plan.chunks(width)):
+        plgpu.barrier_wait(s.query_full.at[place.slot])
+        for column in chunks if keep else ():
+            columns = pl.ds(column + shift(number), CHUNK)
+            kept.append(plgpu.load(s.ring.at[place.slot, :, columns], layout=plgpu.Layout.WGMMA))
+            # One at a time: LDSM's registers are not wgmma's, and there are none to spare.
+            warpgroup_barrier(plan.interpret)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(s.freed.at[place.slot])
+        place = place.next()
+    return kept, place
+
+
+def _product(plan: _Plan, left, start, place: _Place, width: int, s: _Shared):
+    """`start + left rows^T` over the columns of a tile's parts, each freed when read."""
+    steps = []
+    left = iter(left)
+    parts = plan.chunks(width)
+    for number, chunks in enumerate(parts):
+        slot = place.slot
+        steps.append(functools.partial(s.landing.wait, slot, place.phases))
+        rows = s.ring.at[slot]
+        steps += [Product(0, next(left), rows.at[:, pl.ds(c, CHUNK)].T) for c in chunks]
+        if number:
+            steps += [Until(len(chunks)), functools.partial(plgpu.barrier_arrive, before)]
+        before = s.freed.at[slot]
+        place = _Place(slot, Landing.next(slot, place.phases)).next()
+    [result] = multiply_add([start], steps, plan.interpret)
+    plgpu.barrier_arrive(before)
+    for _ in range(len(parts), len(plan.chunks(plan.width))):  # the tail, which has no values
+        s.landing.wait(place.slot, place.phases)
+        plgpu.barrier_arrive(s.freed.at[place.slot])
+        place = _Place(place.slot, Landing.next(place.slot, place.phases)).next()
+    return result, place
+
+
+def _zeros():
+    return plgpu.layout_cast(jnp.zeros((HEADS, KEYS), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _of_heads(ref):
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def _over_keys(x):
+    return lax.broadcast_in_dim(x, (HEADS, KEYS), (0,))
+
+
+def _scores(plan: _Plan, first, lse, weights, s: _Shared):
+    """SCORES. `lse` is in base 2."""
+
+    def tile(work, query, lse, j, carry):
+        place, buffer, index_slot, count = carry
+        plgpu.barrier_wait(s.picked_full.at[index_slot])
+        index = plgpu.load(s.picked.at[index_slot], layout=plgpu.Layout.WGMMA.reduce(0))
+        exists = jnp.logical_and(index >= 0, index < plan.rows)
+        # S starts from -inf where there is no key: so P is 0 there.
+        start = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
+        start = lax.broadcast_in_dim(start, (HEADS, KEYS), (1,))
+        scores, place = _product(plan, query, start, place, plan.width, s)
+        found = jnp.exp2(scores * (plan.scale * _LOG2E) - _over_keys(lse))
+
+        @pl.when(count >= 2)
+        def _():
+            plgpu.barrier_wait(s.weights_read.at[buffer])
+
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        warpgroup_barrier(plan.interpret)
+        s.p_tile.at[buffer][...] = found.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(s.weighed.at[buffer])
+        target = weights.at[plan.query(work), j, plan.heads(work)]
+        plgpu.copy_smem_to_gmem(s.p_tile.at[buffer], target)
+        return place, 1 - buffer, next_slot(index_slot, INDEX_SLOTS), count + 1
+
+    def work_item(work, carry):
+        place, *rest = carry
+        here = _of_heads(lse.at[first + plan.query(work), plan.heads(work)])
+        query, place = _to_registers(plan, s, place, plan.width, lambda _: 0, True)
+        _, place = _to_registers(plan, s, place, plan.values, lambda _: 0, False)
+        body = functools.partial(tile, work, query, here)
+        return lax.fori_loop(0, plan.tiles, body, (place, *rest))
+
+    s.landing.initialize()
+    plgpu.barrier_arrive(s.started)
+    plgpu.barrier_wait(s.started)
+    zero = jnp.int32(0)
+    carry = _Place(zero, zero), zero, zero, zero
+    count = _for_each_work(plan, first, work_item, carry)[-1]
+    for i in range(2):
+
+        @pl.when(count > i)
+        def _(i=i):
+            plgpu.barrier_wait(s.weights_read.at[i])
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _values(plan: _Plan, first, delta, dscores, s: _Shared):
+    """VALUES."""
+
+    def tile(work, dout, delta, j, carry):
+        place, buffer = carry
+        products, place = _product(plan, dout, _zeros(), place, plan.values, s)
+        plgpu.barrier_wait(s.weighed.at[buffer])
+        weights = plgpu.load(s.p_tile.at[buffer], layout=plgpu.Layout.WGMMA)
+        plgpu.barrier_arrive(s.weights_read.at[buffer])
+        found = weights.astype(jnp.float32) * (products - _over_keys(delta)) * plan.scale
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        warpgroup_barrier(plan.interpret)
+        s.ds_tile.at[buffer][...] = found.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        target = dscores.at[plan.query(work), j, plan.heads(work)]
+        plgpu.copy_smem_to_gmem(s.ds_tile.at[buffer], target)
+        return place, 1 - buffer
+
+    def work_item(work, carry):
+        place, *rest = carry
+        here = _of_heads(delta.at[first + plan.query(work), plan.heads(work)])
+        _, place = _to_registers(plan, s, place, plan.width, lambda _: 0, False)
+
+        def shift(number):
+            return number * plan.part - value_start(number, plan.part, plan.values)
+
+        dout, place = _to_registers(plan, s, place, plan.values, shift, True)
+        body = functools.partial(tile, work, dout, here)
+        return lax.fori_loop(0, plan.tiles, body, (place, *rest))
+
+    plgpu.barrier_wait(s.started)
+    zero = jnp.int32(0)
+    _for_each_work(plan, first, work_item, (_Place(zero, zero), zero))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _kernel(first, q, dout, lse, delta, kv, indices, weights, dscores, *, plan: _Plan, **shared):
+    words = shared.pop("landed", shared["picked"])
+    landing = Landing(words, 4 * INDEX_SLOTS * KEYS, SLOTS, plan.interpret)
+    s = _Shared(**shared, landing=landing)
+    role = lax.axis_index("role")
+    start = first[0]
+
+    @pl.when(role == SCORES)
+    def _():
+        plgpu.set_max_registers(_REGISTERS[SCORES], action="increase")
+        _scores(plan, start, lse, weights, s)
+
+    @pl.when(role == VALUES)
+    def _():
+        plgpu.set_max_registers(_REGISTERS[VALUES], action="increase")
+        _values(plan, start, delta, dscores, s)
+
+    @pl.when(role == LOADER)
+    def _():
+        plgpu.set_max_registers(_REGISTERS[LOADER], action="decrease")
+        _load(plan, start, q, dout, kv, indices, s)
+
+
+def weights_and_dscores(
+    first, q, dout, lse, delta, kv, indices, *, window, queries, rows, scale, sms, interpret=None
+):
+    """P and dS of a window of queries, bf16 `[window, K / 64, N, 64]`.
+
+    Args:
+        first: i32 `[1]`, the first query of the window.
+        q: bf16 `[all queries, N, C + R]`, N a multiple of 64.
+        dout: bf16 `[all queries, N, C]`.
+        lse: f32 `[all queries, N]`, in base 2, finite.
+        delta: f32 `[all queries, N]`.
+        kv: bf16 `[batch x S, C + R]`.
+        indices: i32 `[all queries, K]`, K a multiple of 64.
+        window: queries of the window; what lies past the last query is left as it is.
+        queries: T of a batch row.
+        rows: S of a batch row.
+        scale: of the scores.
+        sms: CTAs.
+        interpret: parameters of interpret mode, or None.
+    """
+    total, heads, width = q.shape
+    groups = heads // HEADS
+    cluster = 2 if groups % 2 == 0 else 1
+    plan = _Plan(
+        queries=queries,
+        rows=rows,
+        groups=groups,
+        cluster=cluster,
+        width=width,
+        values=dout.shape[-1],
+        tiles=indices.shape[-1] // KEYS,
+        scale=scale,
+        window=window,
+        total=total,
+        clusters=min(sms // cluster, window * groups // cluster),
+        interpret=interpret is not None,
+    )
+
+    def tile(*shape):
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILE)
+
+    result = jax.ShapeDtypeStruct((window, plan.tiles, heads, KEYS), jnp.bfloat16)
+    landed = {"landed": plgpu.Barrier(num_barriers=SLOTS)} if plan.interpret else {}
+
+    def sparse_attention_weights(*refs, **scratch):  # its name is the kernel's
+        _kernel(*refs, plan=plan, **scratch)
+
+    return plgpu.kernel(
+        sparse_attention_weights,
+        out_type=[result, result],
+        scratch_types={
+            **landed,
+            "ring": tile(SLOTS, KEYS, plan.part),
+            "p_tile": tile(2, HEADS, KEYS),
+            "ds_tile": tile(2, HEADS, KEYS),
+            "picked": plgpu.SMEM((INDEX_SLOTS + 1, KEYS), jnp.int32),
+            "query_full": plgpu.Barrier(num_barriers=SLOTS),
+            "picked_full": plgpu.Barrier(num_barriers=INDEX_SLOTS),
+            "freed": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+            "weighed": plgpu.Barrier(num_barriers=2),
+            "weights_read": plgpu.Barrier(num_barriers=2),
+            "started": plgpu.Barrier(),
+        },
+        grid=(plan.clusters,),
+        grid_names=("cluster",),
+        cluster=(cluster,),
+        cluster_names=("half",),
+        num_threads=3,
+        thread_name="role",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        **({"interpret": interpret} if interpret is not None else {}),
+    )(first, q, dout, lse, delta, kv, indices)

@@ -1,0 +1,152 @@
+"""The kernels of sparse attention's backward in GPU interpret mode with race detection (ring 1)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.sparse_attention import (
+    backward_sm90,
+    dq_sm90,
+    reference,
+    rows_sm90,
+    sum_rows_sm90,
+    weights_sm90,
+)
+
+SCALE = 0.1
+# P, dS, out and the results are rounded to bf16 (2**-9 of each value); the sums are of independent
+# such errors.
+RELATIVE = 2**-8
+
+
+def interpret():
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def no_races():
+    return not interpret_pallas_call.get_races().races_found
+
+
+def normal(rng, *shape, dtype=jnp.bfloat16):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32).astype(dtype)
+
+
+def arguments(batch, queries, keys, heads, latent, rope, selected):
+    """Rows with all, no, one and some keys, with indices outside the keys among them."""
+    rng = np.random.default_rng(0)
+    q = normal(rng, batch, queries, heads, latent + rope)
+    kv = normal(rng, batch, keys, latent + rope).at[:, -1].set(jnp.nan)  # which no query selects
+    indices = np.full((batch, queries, selected), -1, np.int32)
+    for row, (b, t) in enumerate(np.ndindex(batch, queries)):
+        count = [selected, 0, selected // 2 + 3, 1][row % 4]
+        indices[b, t, :count] = np.sort(rng.permutation(keys - 1)[:count])
+    indices[0, 0, 5], indices[0, 0, 9] = keys, -7
+    dout = normal(rng, batch, queries, heads, latent)
+    dlse = normal(rng, batch, queries, heads, dtype=jnp.float32)
+    return q, kv, jnp.asarray(indices), dout, dlse
+
+
+def wide(*arrays):
+    return [x.astype(jnp.float32) for x in arrays]
+
+
+def error(found, expected):
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def test_backward():
+    """The three kernels and what is between them, against fp32."""
+    q, kv, indices, dout, dlse = arguments(2, 1, 90, 64, 256, 0, 70)
+    options = {"scale": SCALE, "workspace_bytes": 2**30}
+    out, lse = reference.forward(*wide(q, kv), indices, value_width=256, **options)
+    expected = reference.backward(*wide(q, kv), indices, out, lse, *wide(dout), dlse, **options)
+    out = out.astype(q.dtype)
+    # Not jitted: two interpreted kernels in one program wait for each other.
+    found = backward_sm90.gradients(
+        q, kv, indices, out, lse, dout, dlse, scale=SCALE, window=9, sms=2, interpret=interpret()
+    )
+    assert no_races()
+    for one, other in zip(found, expected, strict=True):
+        assert error(one, other) < RELATIVE
+
+
+def products_of(weights, dscores, q, dout, kv, indices):
+    """dQ and the rows of all queries, in fp32."""
+    q, dout, kv = wide(q, dout, kv)
+    rows, _ = reference.gather(kv[None], indices[None])
+    padded = jnp.pad(dout, ((0, 0), (0, 0), (0, q.shape[-1] - dout.shape[-1])))
+    added = jnp.einsum("tnk,tnd->tkd", dscores, q) + jnp.einsum("tnk,tnd->tkd", weights, padded)
+    return jnp.einsum("tnk,tkd->tnd", dscores, rows[0]), added
+
+
+def in_tiles(x):
+    queries, heads, selected = x.shape
+    return x.reshape(queries, heads, selected // 64, 64).swapaxes(1, 2)
+
+
+def test_second_window():
+    """128 heads; a window that starts late and ends past the last query; queries in a row."""
+    q, kv, indices, dout, _ = arguments(1, 3, 200, 128, 256, 64, 128)
+    q, kv, indices, dout = q[0], kv[0], indices[0], dout[0]
+    rng = np.random.default_rng(1)
+    lse, delta = (normal(rng, 3, 128, dtype=jnp.float32) for _ in range(2))
+    window = {"window": 3, "queries": 3, "rows": 200, "sms": 2, "interpret": interpret()}
+    start = jnp.array([1], jnp.int32)
+    weights, dscores = weights_sm90.weights_and_dscores(
+        start, q, dout, lse + 9, delta, kv, indices, scale=SCALE, **window
+    )
+    assert no_races()
+    rows, exists = reference.gather(wide(kv)[0][None], indices[None])
+    q32, dout32 = wide(q, dout)
+    scores = SCALE * jnp.einsum("tnd,tkd->tnk", q32, rows[0]) - (lse + 9)[..., None] * np.log(2)
+    expected = jnp.where(exists[0, :, None], jnp.exp(scores), 0.0)
+    dweights = jnp.einsum("tnc,tkc->tnk", dout32, rows[0, ..., :256])
+    dexpected = SCALE * expected * (dweights - delta[..., None])
+    for found, other in ((weights, expected), (dscores, dexpected)):
+        assert error(found[:2], in_tiles(other)[1:]) < RELATIVE
+
+    dq = dq_sm90.dq_of_queries(start, 128, kv, indices, dscores, **window)
+    assert no_races()
+    options = {name: window[name] for name in ("window", "sms", "interpret")}
+    added = rows_sm90.rows_of_queries(start, q, dout, weights, dscores, **options)
+    assert no_races()
+
+    def flat(x):
+        return jnp.pad(wide(x)[0].swapaxes(1, 2).reshape(3, 128, 128)[:2], ((1, 0), (0, 0), (0, 0)))
+
+    for found, other in zip(
+        (dq, added), products_of(flat(weights), flat(dscores), q, dout, kv, indices), strict=True
+    ):
+        assert error(found[:2], other[1:]) < RELATIVE
+
+
+@pytest.mark.parametrize(("order", "parts"), [("rising", 1), ("holes", 1), ("any", 2)])
+def test_sum_rows(order, parts):
+    """Keys that all queries select, that none does; lists cut into parts; bits, not tolerances."""
+    rng = np.random.default_rng(0)
+    queries, selected, keys, width = 5, 70, 150, 128
+    picked = np.full((queries, selected), -1, np.int32)
+    for t in range(queries):
+        count = [selected, 0, selected // 2, 1, selected][t]
+        picked[t, :count] = np.sort(rng.permutation(np.arange(10, keys))[:count])
+    if order != "rising":
+        picked[0, 3] = -1
+    if order == "any":
+        picked = rng.permuted(picked, axis=1)
+    blocks = 3
+    rows = jnp.asarray(rng.integers(-99, 99, (queries * selected, width)), jnp.bfloat16)
+    lists = jax.jit(functools.partial(sum_rows_sm90.pairs_by_block, blocks=blocks))(picked)
+    expected = rng.integers(-99, 99, (blocks * 64, width)).astype(np.float32)
+    before = jnp.asarray(expected)
+    options = {"parts": parts, "sms": 2, "interpret": interpret()}
+    sums = sum_rows_sm90.sum_rows(before, rows, *lists, **options)
+    assert no_races()
+    flat = picked.reshape(-1)
+    np.add.at(expected, flat[flat >= 0], np.asarray(rows, np.float64)[flat >= 0])
+    np.testing.assert_array_equal(sums, expected)

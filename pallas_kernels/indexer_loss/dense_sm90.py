@@ -86,12 +86,12 @@ def run(
     window, padded = sizes.target.queries, sizes.padded
     dik = jnp.zeros((batch, sizes.target.keys, ik.shape[2]), jnp.float32)
     step = functools.partial(_window, sizes, arrays)
+    windows = scores_sm90.windows(arrays.scores, sizes.scores)
     if padded == window:
-        dik, results = step(dik, jnp.int32(0))
+        dik, results = step(dik, jax.tree.map(lambda x: x[0], windows))
         results = [x[None] for x in results]
     else:
-        starts = jnp.arange(0, padded, window, dtype=jnp.int32)
-        dik, results = lax.scan(step, vary_like(dik, (iq, ik, iw, q, k)), starts)
+        dik, results = lax.scan(step, vary_like(dik, (iq, ik, iw, q, k)), windows)
     kl, *results = (
         jnp.moveaxis(x, 0, 1).reshape(batch, padded, *shape)[:, :queries]
         for x, shape in zip(results, ((), iq.shape[2:], iw.shape[2:]), strict=False)
@@ -157,10 +157,10 @@ def _arrays(iq, ik, iw, q, k, lse, ranges: KeyRange, g, sizes: _Sizes) -> _Array
     return _Arrays(operands, q, k, lse, iq, ik, iw, rows, live)
 
 
-def _window(sizes: _Sizes, x: _Arrays, dik, first):
-    """`(dik so far, (kl, diq, diw))` of the window that starts at query `first`."""
-    window, keys = sizes.target.queries, sizes.target.keys
-    scores = scores_sm90.score_window(x.scores, first, sizes.scores)
+def _window(sizes: _Sizes, x: _Arrays, dik, some: scores_sm90.Window):
+    """`(dik so far, (kl, diq, diw))` of a window."""
+    window, keys, first = sizes.target.queries, sizes.target.keys, some.first[0]
+    scores = scores_sm90.score_window(x.scores, some, sizes.scores)
     ranges = KeyRange(
         *(lax.dynamic_slice_in_dim(bound, first, window, 1) for bound in (x.rows.start, x.rows.end))
     )

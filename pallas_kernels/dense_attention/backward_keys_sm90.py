@@ -19,7 +19,6 @@ scores and of dout v.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -29,18 +28,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense_attention import key_tiles
+from pallas_kernels.hopper.tiles import CHUNK, LOG2E, SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply, multiply_add
 from pallas_kernels.types import KeyRange
 
 ROWS = 64  # keys of a consumer
 CONSUMERS = 2
 BLOCK = ROWS * CONSUMERS
-CHUNK = 64  # columns of bf16 in a 128-byte swizzle
 TILE = 64  # queries
 STAGES = 3
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
-_LOG2E = math.log2(math.e)
-TRANSFORMS = (plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128))
 
 
 class _Scratch(NamedTuple):
@@ -76,10 +73,10 @@ def gradient(q, k, v, ranges: KeyRange, lse, delta, dout, *, scale: float, inter
     )
     own = (CONSUMERS, key_chunks, ROWS, CHUNK), (CONSUMERS, value_chunks, ROWS, CHUNK)
     scratch = _Scratch(
-        k=plgpu.SMEM(own[0], q.dtype, transforms=TRANSFORMS),
-        v=plgpu.SMEM(own[1], q.dtype, transforms=TRANSFORMS),
-        q=plgpu.SMEM((STAGES, TILE, width), q.dtype, transforms=TRANSFORMS),
-        dout=plgpu.SMEM((STAGES, TILE, value_width), q.dtype, transforms=TRANSFORMS),
+        k=plgpu.SMEM(own[0], q.dtype, transforms=SWIZZLED),
+        v=plgpu.SMEM(own[1], q.dtype, transforms=SWIZZLED),
+        q=plgpu.SMEM((STAGES, TILE, width), q.dtype, transforms=SWIZZLED),
+        dout=plgpu.SMEM((STAGES, TILE, value_width), q.dtype, transforms=SWIZZLED),
         lse=plgpu.SMEM((STAGES, TILE), jnp.float32),
         delta=plgpu.SMEM((STAGES, TILE), jnp.float32),
         own_full=plgpu.Barrier(num_arrivals=key_chunks + value_chunks, num_barriers=CONSUMERS),
@@ -204,7 +201,7 @@ def _consume(p: _Problem, warpgroup, key, count, queries, smem: _Scratch):
         whole, start, end = queries(j)
         scores = multiply(shape, products(smem.k, smem.q, slot, p.key_chunks), p.interpret)
         scores = lax.cond(whole, lambda x: x, lambda x: mask(x, start, end), scores)
-        weights = jnp.exp2(scores * (p.scale * _LOG2E) - tall(column(smem.lse.at[slot])))
+        weights = jnp.exp2(scores * (p.scale * LOG2E) - tall(column(smem.lse.at[slot])))
         steps = [*products(smem.v, smem.dout, slot, p.value_chunks), hand_over]
         dweights = multiply(shape, steps, p.interpret)
         dscores = weights * (dweights - tall(column(smem.delta.at[slot])))

@@ -17,7 +17,6 @@ values, 120 KiB. Registers of a consumer thread: 96 of dq, 32 each of scores and
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -27,18 +26,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense_attention import key_tiles
+from pallas_kernels.hopper.tiles import CHUNK, LOG2E, SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply, multiply_add
 from pallas_kernels.types import KeyRange
 
 ROWS = 64  # queries of a consumer
 CONSUMERS = 2
 BLOCK = ROWS * CONSUMERS
-CHUNK = 64  # columns of bf16 in a 128-byte swizzle
 TILE = 64  # keys
 STAGES = 3
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
-_LOG2E = math.log2(math.e)
-TRANSFORMS = (plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128))
 
 
 class _Scratch(NamedTuple):
@@ -67,7 +64,7 @@ def gradient(q, k, v, ranges: KeyRange, lse, delta, dout, *, scale: float, inter
     keys, value_width = v.shape[1], v.shape[3]
     rows, tiles = key_tiles.plan(ranges, keys=keys, block=BLOCK, tile=TILE)
     blocks, chunks = pl.cdiv(queries, BLOCK), width // CHUNK
-    to_log2 = scale * _LOG2E
+    to_log2 = scale * LOG2E
 
     def body(q, k, v, dout, lse, delta, start, end, *refs, **scratch):
         tiles, dq = key_tiles.Tiles(*refs[:-1]), refs[-1]
@@ -113,10 +110,10 @@ def gradient(q, k, v, ranges: KeyRange, lse, delta, dout, *, scale: float, inter
             plgpu.wait_smem_to_gmem(0)
 
     scratch = _Scratch(
-        q=plgpu.SMEM((CONSUMERS, chunks, ROWS, CHUNK), q.dtype, transforms=TRANSFORMS),
-        dout=plgpu.SMEM((CONSUMERS, ROWS, value_width), q.dtype, transforms=TRANSFORMS),
-        k=plgpu.SMEM((STAGES, TILE, width), q.dtype, transforms=TRANSFORMS),
-        v=plgpu.SMEM((STAGES, TILE, value_width), q.dtype, transforms=TRANSFORMS),
+        q=plgpu.SMEM((CONSUMERS, chunks, ROWS, CHUNK), q.dtype, transforms=SWIZZLED),
+        dout=plgpu.SMEM((CONSUMERS, ROWS, value_width), q.dtype, transforms=SWIZZLED),
+        k=plgpu.SMEM((STAGES, TILE, width), q.dtype, transforms=SWIZZLED),
+        v=plgpu.SMEM((STAGES, TILE, value_width), q.dtype, transforms=SWIZZLED),
         own_full=plgpu.Barrier(num_arrivals=chunks + 1, num_barriers=CONSUMERS),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),

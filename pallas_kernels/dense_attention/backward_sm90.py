@@ -7,7 +7,6 @@ return no sum crosses CTAs, so that gradients are the same in every run.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -19,9 +18,8 @@ from pallas_kernels.dense_attention import (
     key_tiles,
     reference,
 )
+from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.types import KeyRange
-
-_LOG2E = math.log2(math.e)
 
 
 def serves(width: int, value_width: int) -> bool:
@@ -55,7 +53,7 @@ def gradients(
         return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1) - dlse
     # A query that sees nothing has weights exp2(. - inf) = 0.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2E)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
     missing = ((0, 0), (0, 0), (0, -queries % backward_queries_sm90.BLOCK))
     lse = jnp.pad(jnp.swapaxes(lse, 1, 2), missing, constant_values=jnp.inf)
     delta = jnp.pad(jnp.swapaxes(delta, 1, 2), missing)

@@ -19,7 +19,6 @@ bf16), 24 a producer's.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -29,20 +28,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense_attention import key_tiles
+from pallas_kernels.hopper.tiles import CHUNK, LOG2E, SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply, multiply_add
 from pallas_kernels.types import KeyRange
 
 ROWS = 64  # queries of a consumer
 CONSUMERS = 2
 BLOCK = ROWS * CONSUMERS
-CHUNK = 64  # columns of bf16 in a 128-byte swizzle
 STAGES = 2
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
-_LOG2E = math.log2(math.e)
 # Where the running maximum starts: finite, so that a row without keys has no inf - inf.
 _NEVER = -1e30
-
-TRANSFORMS = (plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128))
 
 
 def unsupported(q, v) -> str | None:
@@ -113,9 +109,9 @@ def attend(q, k, v, ranges: KeyRange, *, scale: float, interpret: Any = None):
             jax.ShapeDtypeStruct((batch, heads, problem.blocks * BLOCK), jnp.float32),
         ),
         scratch_types=_Scratch(
-            q=plgpu.SMEM((CONSUMERS, chunks, ROWS, CHUNK), q.dtype, transforms=TRANSFORMS),
-            k=plgpu.SMEM((STAGES, problem.tile, width), q.dtype, transforms=TRANSFORMS),
-            v=plgpu.SMEM((STAGES, problem.tile, value_width), q.dtype, transforms=TRANSFORMS),
+            q=plgpu.SMEM((CONSUMERS, chunks, ROWS, CHUNK), q.dtype, transforms=SWIZZLED),
+            k=plgpu.SMEM((STAGES, problem.tile, width), q.dtype, transforms=SWIZZLED),
+            v=plgpu.SMEM((STAGES, problem.tile, value_width), q.dtype, transforms=SWIZZLED),
             lse=plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
             q_full=plgpu.Barrier(num_arrivals=width // CHUNK, num_barriers=CONSUMERS),
             k_full=plgpu.Barrier(num_barriers=STAGES),
@@ -220,7 +216,7 @@ def _consume(problem: _Problem, warpgroup, bounds, work: key_tiles.Work, smem: _
     """`(out f32 [64, V], lse [64])` of a consumer's queries."""
     interpret = problem.interpret is not None
     score_shape = (ROWS, problem.tile)
-    to_log2 = problem.scale * _LOG2E
+    to_log2 = problem.scale * LOG2E
 
     def hand_over():
         plgpu.barrier_arrive(smem.turn)
@@ -277,6 +273,6 @@ def _consume(problem: _Problem, warpgroup, bounds, work: key_tiles.Work, smem: _
     total, top, norm = lax.fori_loop(0, work.count, step, nothing)
     pl.when(warpgroup == 0)(hand_over)
     seen = norm > 0
-    log_sum = jnp.where(seen, top / _LOG2E + jnp.log(jnp.where(seen, norm, 1.0)), -jnp.inf)
+    log_sum = jnp.where(seen, top / LOG2E + jnp.log(jnp.where(seen, norm, 1.0)), -jnp.inf)
     inverse = jnp.where(seen, 1.0 / jnp.where(seen, norm, 1.0), 0.0)
     return total * wide(inverse, total.shape), log_sum

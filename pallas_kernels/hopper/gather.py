@@ -26,11 +26,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
 
+from pallas_kernels.hopper.tiles import CHUNK, SWIZZLED
+
 LANES = 128
-# How a bf16 tile lies in SMEM: 8 rows of 64 columns (1 KB) at a time, 16-byte pieces permuted.
-TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-TILE_COLUMNS = 64
-_TILE_BYTES = 8 * TILE_COLUMNS * 2
+_TILE_BYTES = 8 * CHUNK * 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +123,7 @@ def gather_rows(
     Args:
         table: GMEM `[.., D]`, bf16, rows contiguous.
         indices: SMEM i32 `[r]`, r a multiple of 16.
-        tile: SMEM bf16 `[r, C]`, laid out as `TILE`.
+        tile: SMEM bf16 `[r, C]`, laid out as `tiles.SWIZZLED`.
         landing: where the copies arrive.
         slot: which barrier of it.
         first_row: added to every index.
@@ -140,14 +139,14 @@ def gather_rows(
         return
     row_bytes = 2 * table.shape[-1]
     count, width = tile.shape
-    eight_rows = width // TILE_COLUMNS * _TILE_BYTES
-    chunks = range(columns[0] // TILE_COLUMNS, columns[1] // TILE_COLUMNS)
+    eight_rows = width // CHUNK * _TILE_BYTES
+    chunks = range(columns[0] // CHUNK, columns[1] // CHUNK)
 
     @plgpu.inline_mgpu(
         arg_types=(
             plgpu.RefType(),
             plgpu.RefType(),
-            plgpu.RefType(TILE),
+            plgpu.RefType(SWIZZLED),
             plgpu.RefType(),
             plgpu.Layout.WG_SPLAT,
             plgpu.Layout.WG_SPLAT,
@@ -189,7 +188,7 @@ def gather_rows(
             copies = "\n".join(
                 "cp.async.cg.shared.global.L2::128B "
                 f"[$2 + {2 * step * eight_rows + chunk * _TILE_BYTES}], "
-                f"[$0 + {chunk * 2 * TILE_COLUMNS}], 16, $1;"
+                f"[$0 + {chunk * 2 * CHUNK}], 16, $1;"
                 for chunk in chunks
             )
             utils.inline_ptx(copies, address, size, target, has_side_effects=True)

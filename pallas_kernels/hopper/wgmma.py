@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.hopper.gather import TILE
+from pallas_kernels.hopper.tiles import SWIZZLED
 
 
 class Product(NamedTuple):
@@ -115,7 +115,7 @@ def add_products(accumulator, lefts, tile, chunks, *, first: bool, interpret: bo
     Args:
         accumulator: f32 `[64, n]`, in layout `WGMMA`.
         lefts: bf16 `[64, 64]` each, all arrays in layout `WGMMA` or all SMEM refs.
-        tile: SMEM bf16 `[n, C]`, laid out as `gather.TILE`.
+        tile: SMEM bf16 `[n, C]`, laid out as `tiles.SWIZZLED`.
         chunks: for each left factor the columns of the tile, in units of 64.
         first: whether accumulator and left factors may have been written since the last fence.
         interpret: whether to run the twin.
@@ -130,10 +130,10 @@ def add_products(accumulator, lefts, tile, chunks, *, first: bool, interpret: bo
     keys, width = tile.shape
     right_high = 1 << 30 | width // 64 * 1024 >> 4
     left_high = 1 << 30 | 1024 >> 4
-    left_type = plgpu.Layout.WGMMA if in_registers else plgpu.RefType(TILE)
+    left_type = plgpu.Layout.WGMMA if in_registers else plgpu.RefType(SWIZZLED)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(TILE), *[left_type] * len(lefts)),
+        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(SWIZZLED), *[left_type] * len(lefts)),
         return_type=plgpu.ShapeDtypeStruct((64, keys), jnp.float32, layout=plgpu.Layout.WGMMA),
     )
     def emit(_, accumulator, tile, *lefts):

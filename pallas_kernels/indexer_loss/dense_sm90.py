@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.indexer_loss import gradient_sm90, target_sm90
 from pallas_kernels.indexer_loss.target_sm90 import PAIR
 from pallas_kernels.lightning_indexer import scores_operands, scores_sm90
@@ -23,7 +24,6 @@ from pallas_kernels.numerics import softmax
 from pallas_kernels.tiling import vary_like
 from pallas_kernels.types import KeyRange
 
-_LOG2E = math.log2(math.e)
 # Scores, their gradient, and at H = 128 the parts of dik: one of 512 bytes a key for 512 queries.
 _TILES = math.lcm(target_sm90.TILE, gradient_sm90.TILE)
 _BYTES_OF_PAIR = 4 + 2 + 1
@@ -148,12 +148,12 @@ def _arrays(iq, ik, iw, q, k, lse, ranges: KeyRange, g, sizes: _Sizes) -> _Array
     operands = scores_operands.operands(iq, ik, iw, clipped, None, sizes.scores)
     # As TMA takes them: whole groups of 8 rows, no fewer than a box.
     q, k, iq, ik = (
-        _pad(x, 1, max(scores_operands.round_up(x.shape[1], 8), target_sm90.TILE))
+        scores_operands.pad(x, 1, max(scores_operands.round_up(x.shape[1], 8), target_sm90.TILE))
         for x in (q, k, iq, ik)
     )
-    lse = _pad(jnp.swapaxes(lse, 1, 2) * _LOG2E, 2, sizes.padded)
+    lse = scores_operands.pad(jnp.swapaxes(lse, 1, 2) * LOG2E, 2, sizes.padded)
     iq = iq.reshape(batch, -1, iq.shape[-1])
-    iw = _pad(iw, 1, sizes.padded).reshape(batch, -1)
+    iw = scores_operands.pad(iw, 1, sizes.padded).reshape(batch, -1)
     return _Arrays(operands, q, k, lse, iq, ik, iw, rows, live)
 
 
@@ -185,11 +185,11 @@ def _window_queries(batch: int, queries: int, keys: int, workspace_bytes: int) -
 def _rows(
     ranges: KeyRange, g, keys: int, padded: int
 ) -> tuple[target_sm90.Rows, gradient_sm90.Live]:
-    start, end = (_pad(jnp.clip(x, 0, keys), 1, padded) for x in ranges)
+    start, end = (scores_operands.pad(jnp.clip(x, 0, keys), 1, padded) for x in ranges)
     empty = start >= end  # padded queries too
     low = jnp.where(empty, keys, start).reshape(start.shape[0], -1, PAIR).min(axis=2)
     high = jnp.where(empty, 0, end).reshape(start.shape[0], -1, PAIR).max(axis=2)
-    g = jnp.zeros(start.shape, jnp.float32) if g is None else _pad(g, 1, padded)
+    g = jnp.zeros(start.shape, jnp.float32) if g is None else scores_operands.pad(g, 1, padded)
     live = gradient_sm90.Live(*_cover(low, high, gradient_sm90.TILE))
     # The gradient reads whole tiles of its own size: all of their pairs must be written.
     size = gradient_sm90.TILE
@@ -211,11 +211,3 @@ def _live_tiles(rows: target_sm90.Rows, first, window: int, keys: int):
     )
     since = jnp.arange(keys // target_sm90.TILE)[None, :, None] - low[:, None]
     return (since >= 0) & (since < count[:, None])
-
-
-def _pad(x, axis: int, size: int):
-    if x.shape[axis] >= size:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths)

@@ -31,6 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply, multiply_add
 from pallas_kernels.indexer_loss.target_sm90 import PAIR
 
@@ -40,7 +41,6 @@ CONSUMERS = 2
 _PAIRS_OF_PART = 2  # few: so that CTAs are many, and alike under a causal range
 STAGES, KEYS_STAGES = 4, 3  # of `of_queries` and `of_keys`
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
-_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 class Problem(NamedTuple):
@@ -95,8 +95,8 @@ def of_queries(first, iq, ik, iw, d, live: Live, problem: Problem):
             jax.ShapeDtypeStruct((p.batch, p.queries * HEADS), jnp.float32),
         ),
         scratch_types=_QueriesScratch(
-            iq=plgpu.SMEM((CONSUMERS, HEADS, p.width), iq.dtype, transforms=_TRANSFORMS),
-            ik=plgpu.SMEM((STAGES, TILE, p.width), iq.dtype, transforms=_TRANSFORMS),
+            iq=plgpu.SMEM((CONSUMERS, HEADS, p.width), iq.dtype, transforms=SWIZZLED),
+            ik=plgpu.SMEM((STAGES, TILE, p.width), iq.dtype, transforms=SWIZZLED),
             d=plgpu.SMEM((STAGES, CONSUMERS, TILE), jnp.bfloat16),
             diw=plgpu.SMEM((CONSUMERS, HEADS), jnp.float32),
             iq_full=plgpu.Barrier(num_barriers=CONSUMERS),
@@ -215,8 +215,8 @@ def of_keys(first, iq, ik, iw, d, live: Live, problem: Problem):
         functools.partial(_keys_body, p),
         out_type=jax.ShapeDtypeStruct((p.batch, p.parts, p.keys, p.width), jnp.float32),
         scratch_types=_KeysScratch(
-            ik=plgpu.SMEM((CONSUMERS, 64, p.width), ik.dtype, transforms=_TRANSFORMS),
-            iq=plgpu.SMEM((KEYS_STAGES, 2 * HEADS, p.width), ik.dtype, transforms=_TRANSFORMS),
+            ik=plgpu.SMEM((CONSUMERS, 64, p.width), ik.dtype, transforms=SWIZZLED),
+            iq=plgpu.SMEM((KEYS_STAGES, 2 * HEADS, p.width), ik.dtype, transforms=SWIZZLED),
             d=plgpu.SMEM((KEYS_STAGES, 2, TILE), jnp.bfloat16),
             iw=plgpu.SMEM((KEYS_STAGES, 2 * HEADS), jnp.float32),
             dik=plgpu.SMEM(

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.tiles import CHUNK, LOG2E, SWIZZLED
 from pallas_kernels.hopper.wgmma import multiply
 
 ROWS = 64  # queries of a consumer
@@ -39,12 +39,9 @@ CONSUMERS = 2
 BLOCK = ROWS * CONSUMERS  # queries of a CTA
 PAIR = 2 * BLOCK  # queries that are live or not together
 TILE = 192  # keys
-CHUNK = 64  # columns of bf16 in a 128-byte swizzle
 STAGES = 5
 _TOGETHER = 8  # blocks of queries that go through all keys side by side
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
-_LOG2E = math.log2(math.e)
-_TRANSFORMS = (plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +111,8 @@ def window(first, q, k, lse, scores, scores_lse, rows: Rows, problem: Problem):
         functools.partial(_body, p),
         out_type=out_type,
         scratch_types=_Scratch(
-            q=plgpu.SMEM((STAGES, CONSUMERS, ROWS, CHUNK), q.dtype, transforms=_TRANSFORMS),
-            k=plgpu.SMEM((STAGES, TILE, CHUNK), q.dtype, transforms=_TRANSFORMS),
+            q=plgpu.SMEM((STAGES, CONSUMERS, ROWS, CHUNK), q.dtype, transforms=SWIZZLED),
+            k=plgpu.SMEM((STAGES, TILE, CHUNK), q.dtype, transforms=SWIZZLED),
             kl=plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
             full=plgpu.Barrier(num_arrivals=CONSUMERS + 1, num_barriers=STAGES),
             free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
@@ -241,7 +238,7 @@ def _sum_heads(p: Problem, warpgroup, lse, place: _Place, smem: _Scratch):
             steps.append(functools.partial(plgpu.wgmma_wait, chunks - 1 - c))
             steps.append(functools.partial(plgpu.barrier_arrive, smem.free.at[slot]))
         dots = multiply((ROWS, TILE), steps, p.interpret is not None)
-        mass += jnp.exp2(dots * (p.scale * _LOG2E) - lax.broadcast_in_dim(bound, dots.shape, [0]))
+        mass += jnp.exp2(dots * (p.scale * LOG2E) - lax.broadcast_in_dim(bound, dots.shape, [0]))
         mass = lax.optimization_barrier(mass)
         hand_over()
         return mass, following

@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import gather_rows
+from pallas_kernels.hopper.tiles import CHUNK
 from pallas_kernels.sparse_attention.forward_plan import (
-    CHUNK,
     INDEX_SLOTS,
     KEYS,
     LEFT,

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,15 +13,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.gather import Landing
+from pallas_kernels.hopper.tiles import CHUNK
 
 HEADS = 64  # of a CTA: one wgmma's rows
 KEYS = 64  # of a tile
-CHUNK = 64  # columns that a 128-byte swizzle spans
 SLOTS = 3  # of the ring
 INDEX_SLOTS = 4
 SCORES, LEFT, RIGHT = range(3)
 LOWEST = -1e30  # where the running maximum starts: finite, so that exp2(it - it) is 1, not NaN
-LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)

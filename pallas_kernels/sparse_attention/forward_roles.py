@@ -14,15 +14,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import Landing, warpgroup_barrier
 from pallas_kernels.hopper.softmax import raised, rescaled
+from pallas_kernels.hopper.tiles import CHUNK, LOG2E
 from pallas_kernels.hopper.wgmma import Product, Until, add_products, finish, multiply_add
 from pallas_kernels.sparse_attention.forward_loader import Loader
 from pallas_kernels.sparse_attention.forward_plan import (
-    CHUNK,
     HEADS,
     INDEX_SLOTS,
     KEYS,
     LEFT,
-    LOG2E,
     LOWEST,
     SLOTS,
     Place,

@@ -41,15 +41,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.gather import TILE, Landing
+from pallas_kernels.hopper.gather import Landing
+from pallas_kernels.hopper.tiles import CHUNK, LOG2E, SWIZZLED
 from pallas_kernels.sparse_attention import forward_roles
 from pallas_kernels.sparse_attention.forward_plan import (
-    CHUNK,
     HEADS,
     INDEX_SLOTS,
     KEYS,
     LEFT,
-    LOG2E,
     RIGHT,
     SCORES,
     SLOTS,
@@ -87,7 +86,7 @@ def _kernel(q, kv, indices, tiles, full, out, lse, *, plan: Plan, **shared):
 
 def _scratch(plan: Plan):
     def tile(*shape):
-        return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILE)
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
     scratch = {
         "left": tile(SLOTS, KEYS, plan.half),

@@ -101,6 +101,7 @@ def test_loss_is_the_weighted_sum():
     indexer = [x.astype(jnp.float32) for x in arrays[:3]]
     want, want_gradient = jax.value_and_grad(plain)(indexer)
     found, gradient = jax.value_and_grad(at_once)(indexer)
+    # The same fp32 sums, scaled by the rows' weights before or after them.
     np.testing.assert_allclose(found, want, rtol=1e-6)
     np.testing.assert_allclose(at_once(indexer), want, rtol=1e-6)
     for x, y in zip(gradient, want_gradient, strict=True):

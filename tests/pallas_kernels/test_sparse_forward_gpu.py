@@ -45,37 +45,40 @@ def arguments(name):
     return jnp.asarray(q, jnp.bfloat16), kv, jnp.asarray(indices), latent
 
 
+def attend(q, kv, indices, latent, implementation):
+    return sparse_attention(
+        q, kv, Selection(indices), value_width=latent, scale=SCALE, implementation=implementation
+    )
+
+
+def check(out, lse, q, kv, indices, latent):
+    """Against fp32, within the bounds of FlashMLA's own test."""
+    wide = q.astype(jnp.float32), kv.astype(jnp.float32)
+    want, want_lse = attend(*wide, indices, latent, "xla")
+    out = np.asarray(out, np.float32)
+    np.testing.assert_allclose(out, want, rtol=3.01 / 128, atol=8e-4)
+    want = np.asarray(want)
+    assert 1 - 2 * (out * want).sum() / ((out**2).sum() + (want**2).sum()) < 7e-6
+    np.testing.assert_allclose(lse, want_lse, rtol=2.01 / 65536, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_forward(name):
     """Within the bounds of FlashMLA's own test, into memory that held NaN; equal bits 20 times."""
     q, kv, indices, latent = arguments(name)
     jnp.full((*q.shape[:3], latent), jnp.nan).block_until_ready().delete()
 
-    def attend(q, kv, implementation):
-        return sparse_attention(
-            q, kv, Selection(indices),
-            value_width=latent, scale=SCALE, implementation=implementation,
-        )  # fmt: skip
-
-    out, lse = attend(q, kv, "mosaic")
-    expected, expected_lse = attend(q.astype(jnp.float32), kv.astype(jnp.float32), "xla")
-    found = np.asarray(out, np.float32)
-    want = np.asarray(expected)
-    np.testing.assert_allclose(found, want, rtol=3.01 / 128, atol=8e-4)
-    cosine = 2 * (found * want).sum() / ((found**2).sum() + (want**2).sum())
-    assert 1 - cosine < 7e-6
-    np.testing.assert_allclose(lse, expected_lse, rtol=2.01 / 65536, atol=1e-6)
+    out, lse = attend(q, kv, indices, latent, "mosaic")
+    check(out, lse, q, kv, indices, latent)
     for _ in range(20):
-        again = attend(q, kv, "mosaic")
+        again = attend(q, kv, indices, latent, "mosaic")
         assert all(map(np.array_equal, again, (out, lse)))
 
 
 def test_unselected_rows_may_hold_anything():
     q, kv, indices, latent = arguments("batch, 64 heads, K off the tile")
     kv, indices = kv.at[:, 0].set(jnp.nan), jnp.where(indices == 0, -1, indices)
-    out, lse = sparse_attention(
-        q, kv, Selection(indices), value_width=latent, scale=SCALE, implementation="mosaic"
-    )
+    out, lse = attend(q, kv, indices, latent, "mosaic")
     assert not jnp.isnan(out).any()
     assert not jnp.isnan(lse).any()
 
@@ -86,16 +89,7 @@ def test_scores_that_grow():
     ramp = jnp.linspace(0, 256, kv.shape[1]).astype(kv.dtype)
     q, kv = q.at[..., 0].set(2), kv.at[..., 0].set(ramp)
 
-    def attend(q, kv, implementation):
-        return sparse_attention(
-            q, kv, Selection(indices),
-            value_width=latent, scale=SCALE, implementation=implementation,
-        )  # fmt: skip
-
-    out, lse = attend(q, kv, "mosaic")
-    expected, expected_lse = attend(q.astype(jnp.float32), kv.astype(jnp.float32), "xla")
-    np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=3.01 / 128, atol=8e-4)
-    np.testing.assert_allclose(lse, expected_lse, rtol=2.01 / 65536, atol=1e-6)
+    check(*attend(q, kv, indices, latent, "mosaic"), q, kv, indices, latent)
 
 
 def test_gradient():

@@ -93,7 +93,7 @@ def test_scores_that_grow():
 
 
 def test_gradient():
-    """The kernel's forward with the XLA backward, against fp32."""
+    """Both kernels, against fp32."""
     q, kv, indices, latent = arguments("one query")
 
     def loss(q, kv, implementation):

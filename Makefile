@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 VENV ?= .venv
 ARGS ?=
-# Huge pages for glibc's heap: XLA's CPU buffers come and go each step, and with pages of 4 KiB a
-# sixth of the time goes into faulting them in.
+# Huge pages for glibc's heap: XLA's CPU buffers come and go each step, and faulting them in as pages
+# of 4 KiB is a good part of the kernel's share of the time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # The first Python that is new enough; override with `make PYTHON=/path/to/python3.12`.

@@ -150,7 +150,7 @@ def traffic(config: TrainConfig, per_host: int = 8) -> list[Traffic]:
     heads = t * c.hidden_size
     wanted = [
         ("all-gather", rules.D, micro * forwards, _BF16 * rest),
-        ("all-gather", getattr(rules, "X", None), micro * forwards, _BF16 * routed),
+        ("all-gather", rules.X, micro * forwards, _BF16 * routed),
         # Out and back; in the backward pass out once more, and gradients both ways.
         ("all-to-all", rules.E, (5 if backward else 2) * moe * micro, _BF16 * copies),
         ("all-gather", rules.T, layers * micro * forwards, _BF16 * keys),
@@ -160,7 +160,7 @@ def traffic(config: TrainConfig, per_host: int = 8) -> list[Traffic]:
         parts = math.prod(n for axis, n in sizes.items() if axis not in ("data", "tensor"))
         wanted += [
             ("reduce-scatter", rules.D, micro, _BF16 * rest),
-            ("reduce-scatter", getattr(rules, "X", None), micro, _BF16 * routed),
+            ("reduce-scatter", rules.X, micro, _BF16 * routed),
             ("reduce-scatter", rules.T, layers * micro, _FP32 * keys),
             ("all-reduce", "data", 1, _FP32 * param_count(c).main / parts / sizes["tensor"]),
         ]

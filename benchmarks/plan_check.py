@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def small_model() -> ModelConfig:
     )  # fmt: skip
 
 
-def options(stage: str, gpu: str) -> PlanOptions:
+def options(stage: str, gpu: Literal["h100", "h200"]) -> PlanOptions:
     """The run: two micro-batches of one sequence on one device."""
     return PlanOptions(
         stage=Stage(stage), devices=1, gpu=gpu, sequence_length=8192, batch_size=2, steps=10,
@@ -49,7 +49,7 @@ def options(stage: str, gpu: str) -> PlanOptions:
     ).resolved()  # fmt: skip
 
 
-def predict(stage: str, gpu: str) -> dict[str, Any]:
+def predict(stage: str, gpu: Literal["h100", "h200"]) -> dict[str, Any]:
     """What the plan says, compiled without a GPU and counted."""
     asked, model = options(stage, gpu), small_model()
     report = make(asked, lambda phase: print(phase, flush=True), model)
@@ -66,7 +66,7 @@ def predict(stage: str, gpu: str) -> dict[str, Any]:
     }
 
 
-def measure(stage: str, gpu: str) -> dict[str, Any]:
+def measure(stage: str, gpu: Literal["h100", "h200"]) -> dict[str, Any]:
     """The same step on this machine's GPU."""
     asked = options(stage, gpu)
     config = train_config(asked, small_model(), asked.mesh)
@@ -82,7 +82,7 @@ def measure(stage: str, gpu: str) -> dict[str, Any]:
         say("lowered")
         compiled = lowered.compile()
         say("compiled")
-        program = hlo.parse(compiled.as_text())
+        program = hlo.parse(compiled.as_text() or "")
         state, batch = jax.jit(lambda: _inputs(run.state, config))()
         jax.block_until_ready(state)
         say("made the state")
@@ -94,6 +94,7 @@ def measure(stage: str, gpu: str) -> dict[str, Any]:
             seconds.append(time.perf_counter() - start)
             say(f"step of {seconds[-1]:.3f} s, loss {float(metrics['loss']):.4f}")
     memory = compiled.memory_analysis()
+    assert memory is not None
     stats = jax.devices()[0].memory_stats() or {}
     return {
         "gpu": jax.devices()[0].device_kind,

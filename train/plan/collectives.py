@@ -5,7 +5,7 @@ axes, so the axes along which a group's members differ are the axes that it comm
 are those that one device sends in a step, by the ring algorithms, n being the group's size and x
 the bytes of the operand:
 
-    all-gather (n-1) x    reduce-scatter, all-to-all (n-1)/n x    all-reduce 2 (n-1)/n x    permute x
+    all-gather (n-1) x   reduce-scatter, all-to-all (n-1)/n x   all-reduce 2 (n-1)/n x   permute x
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def collectives(
         key = (op, axes, whole, n, per_host)
         calls, total = sums.get(key, (0, 0.0))
         sums[key] = (calls + runs, total + runs * sent(op, n, operand))
-    found = [Traffic(*key, *value) for key, value in sums.items()]
+    found = [Traffic._make((*key, *value)) for key, value in sums.items()]
     return sorted(found, key=lambda traffic: -traffic.bytes_sent)
 
 
@@ -145,9 +145,7 @@ def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[tuple[str, ...
     """
     coordinates = np.unravel_index(groups, tuple(mesh.values()))
     axes = tuple(
-        name
-        for name, along in zip(mesh, coordinates, strict=True)
-        if (along != along[:, :1]).any()
+        name for name, along in zip(mesh, coordinates, strict=True) if (along != along[:, :1]).any()
     )
     return axes, groups.shape[1] == math.prod(mesh[name] for name in axes)
 

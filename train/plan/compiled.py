@@ -114,7 +114,7 @@ def compile_step(
         result["seconds"],
         result["memory"],
         result["implementations"],
-        [Traffic(*row[:1], tuple(row[1]), *row[2:]) for row in result["traffic"]],
+        [Traffic._make((op, tuple(axes), *rest)) for op, axes, *rest in result["traffic"]],
         hlo.Work(**result["work"]),
         result["unknown_loops"],
     )

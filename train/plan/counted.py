@@ -15,11 +15,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from dsa_jax.counts import attention_matrices, param_count
-from dsa_jax.sharding import AXES, MeshConfig, Rules
+from dsa_jax.sharding import AXES, Rules
 from train.config import TrainConfig
 from train.optimizer import make_optimizer
 from train.plan.collectives import Traffic, sent
-from train.plan.options import ways
+from train.plan.options import mesh_sizes, ways
 from train.stages import Group, Stage, group_of
 from train.start import param_shardings
 from train.state import new_state, skeleton_of
@@ -109,7 +109,7 @@ def temporaries(config: TrainConfig, held: State) -> dict[str, int]:
         config: resolved, its mesh written out.
         held: its state.
     """
-    c, t, sizes = config.model, tokens_at_once(config), _sizes(config.mesh)
+    c, t, sizes = config.model, tokens_at_once(config), mesh_sizes(config.mesh)
     backward = config.stage is not Stage.WARMUP
     N, F = c.num_attention_heads // sizes["tensor"], c.moe_intermediate_size // sizes["tensor"]
     width = c.latent_dim if config.stage.attention == "sparse" else c.qk_head_dim
@@ -138,7 +138,7 @@ def traffic(config: TrainConfig, per_host: int = 8) -> list[Traffic]:
     gradients summed and cut; tokens travel to their experts and back; keys of a cut sequence are
     gathered; copies of the model sum their gradients once a step.
     """
-    c, t, sizes = config.model, tokens_at_once(config), _sizes(config.mesh)
+    c, t, sizes = config.model, tokens_at_once(config), mesh_sizes(config.mesh)
     rules = Rules()
     backward = config.stage is not Stage.WARMUP
     forwards = 2 if backward and config.remat in ("full", "selection") else 1
@@ -189,10 +189,6 @@ def _neighbours(axes: tuple[str, ...], sizes: Mapping[str, int], per_host: int) 
     return int(np.unique(group.reshape(-1) // per_host, return_counts=True)[1].max())
 
 
-def _sizes(mesh: MeshConfig) -> dict[str, int]:
-    return dict(zip(AXES, mesh.sizes, strict=True))
-
-
 def _layer_weights(config: TrainConfig) -> int:
     """Of the widest layer, the routed experts left out."""
     c = config.model
@@ -218,5 +214,5 @@ def _expert_weights(config: TrainConfig) -> float:
         return 0.0
     over = Rules().E
     owners = (over,) if isinstance(over, str) else over or ()
-    sizes = _sizes(config.mesh)
+    sizes = mesh_sizes(config.mesh)
     return _all_experts(config) / math.prod(sizes[axis] for axis in owners)

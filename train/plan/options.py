@@ -152,18 +152,23 @@ def train_config(options: PlanOptions, model: ModelConfig, mesh: MeshConfig) -> 
             f"batch_size={config.batch_size} does not divide by {rows}, the sequences that "
             f"{_over(mesh, 0)} takes at a time; choose sizes whose product divides it"
         )
-    if config.sequence_length % parts:
+    if parts > 1 and config.sequence_length % (2 * parts):
         raise ValueError(
-            f"sequence_length={config.sequence_length} does not divide by {_over(mesh, 1)}; "
-            "choose a size that divides it"
+            f"sequence_length={config.sequence_length} does not divide into two chunks for each of "
+            f"the {parts} devices of {_over(mesh, 1)}; choose a multiple of {2 * parts}"
         )
     micro = options.micro_batches or config.batch_size // rows
     return dataclasses.replace(config, micro_batches=micro).resolved()
 
 
+def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
+    """Axes and sizes, in order."""
+    return {str(axis): size for axis, size in zip(AXES, mesh.sizes, strict=True)}
+
+
 def ways(mesh: MeshConfig, dimension: int) -> int:
     """In how many parts a batch `[B, T]` is cut along one of its dimensions."""
-    sizes = dict(zip(AXES, mesh.sizes, strict=True))
+    sizes = mesh_sizes(mesh)
     return math.prod(sizes[axis] for axis in _axes(dimension))
 
 
@@ -173,6 +178,6 @@ def _axes(dimension: int) -> tuple[str, ...]:
 
 
 def _over(mesh: MeshConfig, dimension: int) -> str:
-    sizes = dict(zip(AXES, mesh.sizes, strict=True))
+    sizes = mesh_sizes(mesh)
     axes = [axis for axis in _axes(dimension) if sizes[axis] > 1] or list(_axes(dimension))[:1]
     return " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes)

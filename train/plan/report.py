@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.sharding import AXES, MeshConfig
+from dsa_jax.sharding import MeshConfig
 from train.config import TrainConfig, to_dict
 from train.flops import computed_flop, model_flop, step_work
 from train.plan import counted, search
 from train.plan.collectives import Traffic
 from train.plan.compiled import Backend, Compiled, compile_step, plugin_found
 from train.plan.estimate import Estimate, estimate, seconds
-from train.plan.options import PlanOptions, architecture, train_config
+from train.plan.options import PlanOptions, architecture, mesh_sizes, train_config
 from train.plan.search import Candidate
 from train.stages import Stage
 
@@ -39,12 +39,22 @@ class Figure(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """A stage of the published recipe on the planned mesh; without an estimate, why not."""
+    """A stage of the published recipe on as many devices.
+
+    Attributes:
+        stage: warm-up or sparse training.
+        tokens: that it reads.
+        mesh: the planned one, or if the stage does not divide over it, the best by arithmetic.
+        estimate: None if no mesh of so many devices divides the stage.
+        compiled: whether the estimate rests on the planned, compiled step.
+        problem: why there is none.
+    """
 
     stage: Stage
     tokens: float
+    mesh: MeshConfig
     estimate: Estimate | None
-    source: Source
+    compiled: bool
     problem: str = ""
 
 
@@ -112,6 +122,7 @@ def make(
     backend = _backend(options)
     candidates: list[Candidate] = []
     if options.mesh_is_open or options.search:
+        train_config(options, model, MeshConfig())  # what is wrong whatever the mesh
         on_phase("counting meshes")
         candidates = search.rank(options, model)
         tried = candidates[: _TRIES if options.search and backend else 1]
@@ -168,7 +179,12 @@ def _assemble(
         source = "compiled" if compiled.backend == "cuda" else "compiled for CPU"
         traffic = compiled.traffic
         timed = estimate(
-            config, gpu, options.rates, traffic, compiled.work.other_bytes, repeated(config, compiled)
+            config,
+            gpu,
+            options.rates,
+            traffic,
+            compiled.work.other_bytes,
+            repeated(config, compiled),
         )
         if compiled.backend == "cpu":  # elementwise work is fused otherwise there
             timed = estimate(config, gpu, options.rates, traffic, _counted_bytes(candidate))
@@ -182,7 +198,7 @@ def _assemble(
         traffic_source=source,
         compiled=compiled,
         estimate=timed,
-        recipe=_recipe(options, config, timed),
+        recipe=_recipe(options, config, timed, compiled is not None),
         candidates=candidates,
         notes=_notes(config, compiled),
     )
@@ -233,8 +249,10 @@ def _memory(candidate: Candidate, compiled: Compiled | None, source: Source) -> 
     ]
 
 
-def _recipe(options: PlanOptions, config: TrainConfig, planned: Estimate) -> list[Recipe]:
-    """Warm-up and sparse training at their published sizes, on the planned mesh."""
+def _recipe(
+    options: PlanOptions, config: TrainConfig, planned: Estimate, compiled: bool
+) -> list[Recipe]:
+    """Warm-up and sparse training at their published sizes."""
     if not config.model.has_indexer:
         return []
     found = []
@@ -242,19 +260,28 @@ def _recipe(options: PlanOptions, config: TrainConfig, planned: Estimate) -> lis
         defaults = stage.defaults
         tokens = float(defaults.steps * defaults.batch_size * defaults.sequence_length)
         if stage is config.stage and _published(config):
-            found.append(Recipe(stage, tokens, planned, "assumed"))
+            found.append(Recipe(stage, tokens, config.mesh, planned, compiled))
             continue
         published = dataclasses.replace(
             options,
             stage=stage, batch_size=None, sequence_length=None, micro_batches=None, steps=None,
         )  # fmt: skip
         try:
-            run = train_config(published, config.model, config.mesh)
-            candidate = search.count(published, run, counted.shapes_of(run))
-            found.append(Recipe(stage, tokens, candidate.estimate, "assumed"))
+            best = _on_mesh(published, config)
+            found.append(Recipe(stage, tokens, best.config.mesh, best.estimate, False))
         except ValueError as error:
-            found.append(Recipe(stage, tokens, None, "counted", str(error)))
+            found.append(Recipe(stage, tokens, config.mesh, None, False, str(error)))
     return found
+
+
+def _on_mesh(options: PlanOptions, config: TrainConfig) -> Candidate:
+    """Another stage on the planned mesh, or if that does not divide it, on the best one."""
+    try:
+        run = train_config(options, config.model, config.mesh)
+        return search.count(options, run, counted.shapes_of(run))
+    except ValueError:
+        train_config(options, config.model, MeshConfig())  # what is wrong whatever the mesh
+        return search.rank(options, config.model)[0]
 
 
 def _published(config: TrainConfig) -> bool:
@@ -318,7 +345,11 @@ def to_json(report: Report) -> dict[str, Any]:
             "needed": model_flop(config) * (config.batch_size or 0),
             "computed": computed_flop(config) * (config.batch_size or 0),
             "parts": [
-                {"name": part.name, "kind": part.kind, "total": part.total * (config.batch_size or 0)}
+                {
+                    "name": part.name,
+                    "kind": part.kind,
+                    "total": part.total * (config.batch_size or 0),
+                }
                 for part in step_work(config)
             ],
             "compiled_products_of_a_device": compiled.work.dot_flop if compiled else None,
@@ -339,7 +370,9 @@ def to_json(report: Report) -> dict[str, Any]:
             {
                 "stage": part.stage.value,
                 "tokens": part.tokens,
-                "source": part.source,
+                "source": "assumed",
+                "mesh": mesh_sizes(part.mesh),
+                "compiled": part.compiled,
                 "problem": part.problem,
                 "time": part.estimate._asdict() if part.estimate else None,
             }
@@ -359,8 +392,3 @@ def to_json(report: Report) -> dict[str, Any]:
         "implementations": compiled.implementations if compiled else {},
         "notes": report.notes,
     }
-
-
-def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
-    """Axes and sizes."""
-    return dict(zip(AXES, mesh.sizes, strict=True))

@@ -60,9 +60,7 @@ def count(options: PlanOptions, config: TrainConfig, shapes: counted.Shapes) -> 
     held = counted.state(config, shapes)
     temporaries = counted.temporaries(config, held)
     state_bytes = held.parameter_bytes + held.optimizer_bytes
-    moved = other_bytes(
-        config, state_bytes, held.gradient_bytes, counted.tokens_at_once(config)
-    )
+    moved = other_bytes(config, state_bytes, held.gradient_bytes, counted.tokens_at_once(config))
     gpu = options.hardware
     found = Candidate(
         config,

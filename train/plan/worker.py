@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dsa_jax.sharding import AXES, batch_spec, make_mesh
+from dsa_jax.sharding import batch_spec, make_mesh
 from pallas_kernels import dispatch
 from train.config import TrainConfig
 from train.plan import collectives, hlo
+from train.plan.options import mesh_sizes
 from train.start import plan
 from train.step import make_step
 
@@ -87,12 +88,12 @@ def compile(job: Job) -> dict[str, Any]:
         say(phase="compiling")
         compiled = lowered.compile()
     say(phase="reading the program")
-    memory = compiled.memory_analysis()
-    text = compiled.as_text()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    if text is None or memory is None:
+        raise RuntimeError("the compiler tells neither its program nor its memory")
     if job.text is not None:
         job.text.write_text(text)
     program = hlo.parse(text)
-    sizes = dict(zip(AXES, job.config.mesh.sizes, strict=True))
     return {
         "seconds": time.perf_counter() - began,
         "memory": {
@@ -101,7 +102,7 @@ def compile(job: Job) -> dict[str, Any]:
             "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         },
         "implementations": dict(implementations),
-        "traffic": collectives.collectives(program, sizes, job.per_host),
+        "traffic": collectives.collectives(program, mesh_sizes(job.config.mesh), job.per_host),
         "work": hlo.work(program)._asdict(),
         "unknown_loops": program.unknown_loops,
     }

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import choose
 from pallas_kernels.grouped_matmul import sm90
+from pallas_kernels.tiling import vary_like
 
 # The CPU form copies one weight matrix per tile of rows; above this it gives way to ragged_dot.
 _TILED_WEIGHT_BYTES = 256 * 2**20
@@ -27,10 +28,11 @@ def grouped_matmul(
     Args:
         x: rows sorted by group.
         w: one matrix a group.
-        group_sizes: rows of each group, summing to M; zero is allowed.
+        group_sizes: rows of each group; zero is allowed. Rows after the last group must be finite,
+            and what stands in their place in the result, and in the gradient of x, is undefined.
     """
     if _kernel_serves(x, w):
-        return sm90.multiply(x, w, group_sizes)
+        return vary_like(sm90.multiply(x, w, group_sizes), (x, w))  # kernels do not say so
     return jax.lax.platform_dependent(x, w, group_sizes, cpu=_on_cpu, default=jax.lax.ragged_dot)
 
 
@@ -45,7 +47,8 @@ def _forward(x, w, group_sizes):
 def _backward(residuals, g):
     x, w, group_sizes = residuals
     if _kernel_serves(x, w):
-        return *sm90.gradients(x, w, group_sizes, g.astype(x.dtype)), None
+        dx, dw = sm90.gradients(x, w, group_sizes, g.astype(x.dtype))
+        return *vary_like((dx, dw), residuals), None
 
     # Written out so that no back end keeps another one's residuals.
     def gradient(form):
@@ -65,6 +68,7 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def _on_cpu(x: Array, w: Array, group_sizes: Array) -> Array:
     rows, groups = x.shape[0], w.shape[0]
+    group_sizes = group_sizes.at[-1].add(rows - group_sizes.sum())  # whole tiles of all rows
     tile = min(max(8, 1 << max(rows // groups - 1, 0).bit_length()), 128)
     tiles = rows // tile + groups  # each group wastes less than one
     if tiles * w[0].size * w.dtype.itemsize > _TILED_WEIGHT_BYTES:

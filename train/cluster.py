@@ -50,7 +50,7 @@ class Launch(NamedTuple):
 
     Attributes:
         how: the launcher, for messages.
-        method: `cluster_detection_method` of `jax.distributed.initialize`.
+        method: `cluster_detection_method` of `jax.distributed.initialize`; None: whatever it finds.
         coordinator: address of process 0; None: `method` finds it.
         num_processes: likewise.
         process_id: likewise.
@@ -58,7 +58,7 @@ class Launch(NamedTuple):
     """
 
     how: str
-    method: str
+    method: str | None
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
@@ -177,7 +177,8 @@ def _kubernetes(environ: Mapping[str, str], given: Launch) -> Launch | None:
             "example), or pip install 'jax[k8s]' and let the pod read its job, or pass "
             "--cluster.launcher none to run it as one process"
         )
-    return Launch("Kubernetes", "k8s", given.coordinator, given.num_processes, rank)
+    # JAX has no name for this method of its own.
+    return Launch("Kubernetes", None, given.coordinator, given.num_processes, rank)
 
 
 _SLURM_STEP = ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -219,8 +220,8 @@ def _half_given(given: Launch) -> ClusterError:
     there = [f"{name}={value}" for name, value in names.items() if value is not None]
     missing = [name for name, value in names.items() if value is None]
     return ClusterError(
-        f"{' and '.join(there)} given, but not {' nor '.join(missing)}, and no launcher is there to "
-        "fill it in: give all three, or none for a run of one process"
+        f"{' and '.join(there)} given, but not {' nor '.join(missing)}, and no launcher is there "
+        "to fill it in: give all three, or none for a run of one process"
     )
 
 
@@ -269,7 +270,9 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     if text is None:
         return None
     if not text.strip().isdigit():
-        raise ClusterError(f"{name}={text!r} in the environment is not a number: unset or repair it")
+        raise ClusterError(
+            f"{name}={text!r} in the environment is not a number: unset or repair it"
+        )
     return int(text)
 
 
@@ -308,6 +311,38 @@ def join(launch: Launch, config: ClusterConfig) -> None:
         )
     except Exception as error:
         raise ClusterError(f"{launch.how}: could not join the run: {error}") from error
+
+
+def tells_of_loss(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is how the runtime reports that another process is gone:
+    a broken connection of a collective, or a barrier that somebody missed."""
+    chain: BaseException | None = error
+    while chain is not None:
+        text = str(chain)
+        if any(sign in text for sign in _LOSS) and not isinstance(
+            chain, ClusterError | AgreedError
+        ):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def last_line(error: BaseException) -> str:
+    """An error in a short line."""
+    return " ".join(str(error).split())[-200:]
+
+
+# What Gloo, NCCL, gRPC and the coordination service say; on GPUs most losses end in an abort.
+_LOSS = (
+    "Gloo",
+    "NCCL operation",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "CoordinationServiceError",
+    "stopped sending heartbeats",
+    "Barrier timed out",
+    "Socket closed",
+)
 
 
 # --- together -------------------------------------------------------------------------------------
@@ -379,4 +414,3 @@ def _gather(text: str) -> list[str]:
 def is_primary() -> bool:
     """Whether this process writes what is written once: metrics, tables, the lock."""
     return jax.process_index() == 0
-

@@ -173,9 +173,7 @@ def _pairs(
 
 def _loss(name: str, kind: str, pairs: float, target: float, shape: LayerShape) -> Work:
     """The target's probabilities, the indexer's scores, and the gradients of its two operands."""
-    return Work(
-        name, kind, pairs * (target + shape.indexer_flop), pairs * 2.0 * shape.indexer_flop
-    )
+    return Work(name, kind, pairs * (target + shape.indexer_flop), pairs * 2.0 * shape.indexer_flop)
 
 
 def _size(matrices: list[tuple[int, int]]) -> int:

@@ -8,11 +8,13 @@ read.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 
@@ -86,7 +88,7 @@ def _guarded(work: Callable[[Worker], int], worker: Worker) -> int:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
         code = 1
     # Not through Python's own end, which would wait for the others: if this process fails, they
     # must learn it now. The work has closed what it opened.
@@ -104,18 +106,16 @@ def _die_with(parent: int) -> None:
 
 
 def _pass_on(child: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(child, number)
-    except ProcessLookupError:
-        pass
 
 
 def _explain(number: int, joined: bool, start_timeout: int) -> tuple[str, int]:
     if number == signal.SIGABRT and not joined:
         return (
             f"ended: the processes of the run did not all come together within {start_timeout} s "
-            "(--cluster.start-timeout). See that all are started, that they reach the coordinator's "
-            "address and port, and that no proxy variable is in the way",
+            "(--cluster.start-timeout). See that all are started, that they reach the "
+            "coordinator's address and port, and that no proxy variable is in the way",
             LOST,
         )
     if number == signal.SIGABRT:

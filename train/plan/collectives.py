@@ -144,9 +144,7 @@ def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[tuple[str, ...
     """
     coordinates = np.unravel_index(groups, tuple(mesh.values()))
     axes = tuple(
-        name
-        for name, along in zip(mesh, coordinates, strict=True)
-        if (along != along[:, :1]).any()
+        name for name, along in zip(mesh, coordinates, strict=True) if (along != along[:, :1]).any()
     )
     return axes, groups.shape[1] == math.prod(mesh[name] for name in axes)
 

@@ -107,8 +107,6 @@ def train(
             )
         )
         begun = start(run_plan, checkpoints)
-        if begun.position is not None:
-            begun.position.check(corpus)
         numbers = summary.show(console, config, begun.state, mesh, begun.origin, begun.notes)
         first = int(begun.state.step)
         log = stack.enter_context(closing(_trackers(config, console, first)))
@@ -191,6 +189,7 @@ class _Run:
         self.first = int(begun.state.step)
         self.first_row = 0
         if begun.position is not None:
+            begun.position.check(corpus)
             self.first_row = begun.position.rows_at(self.length)
         self.batch_sharding = NamedSharding(run.mesh, batch_spec())
         self.step = jax.jit(

@@ -172,13 +172,19 @@ def test_another_config_is_refused_by_field(warm_config, warmup):
 
 
 def test_changed_data_is_refused(warm_config, warmup, tmp_path):
-    np.save(tmp_path / "tokens.npy", np.load(warm_config.data.sources[0])[:-1])
+    tokens = np.load(warm_config.data.sources[0])
+    np.save(tmp_path / "tokens.npy", tokens[:-1])
     run = dataclasses.replace(
         warm_config,
         output=tmp_path / "run",
         data=dataclasses.replace(warm_config.data, sources=(str(tmp_path / "tokens.npy"),)),
     )
-    with pytest.raises(ValueError, match=r"tokens\.npy changed since the checkpoint"):
+    message = r"tokens\.npy \(6128 bytes before, 6126 now\) changed since the checkpoint"
+    with pytest.raises(ValueError, match=message):
+        train(run, console=quiet())
+    tokens[7] += 1
+    np.save(tmp_path / "tokens.npy", tokens)
+    with pytest.raises(ValueError, match=r"tokens\.npy \(same size, other content\)"):
         train(run, console=quiet())
 
 

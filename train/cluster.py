@@ -7,9 +7,11 @@ for a process that waits for others who never come looks like one that works.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -378,25 +380,34 @@ def together() -> Iterator[None]:
         raise AgreedError(whose + said[failed[0]]) from problem
 
 
-def require_same(what: str, value: str) -> None:
+def require_same(what: str, values: Mapping[str, object]) -> None:
     """Refuses to start processes that were given different things.
 
     Args:
-        what: is different, for the message.
-        value: this process's.
+        what: they are, for the message.
+        values: this process's, by name; compared as text.
 
     Raises:
-        AgreedError: names the first process that differs from process 0, and both values.
+        AgreedError: names the first process that differs from process 0, and each value that does.
     """
     if jax.process_count() == 1:
         return
-    values = _gather(value)
-    for number, other in enumerate(values):
-        if other != values[0]:
-            raise AgreedError(
-                f"{what}: process {number} has {other}, process 0 has {values[0]}; all processes "
-                "need the same flags, files and versions"
-            )
+    mine = {name: str(value) for name, value in values.items()}
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    digests = _gather(digest)
+    other = next((i for i, found in enumerate(digests) if found != digests[0]), None)
+    if other is None:
+        return
+    # Only now the values themselves, in pieces: of many files they may be long.
+    first, second = _gather_long(json.dumps(mine), (0, other))
+    a, b = json.loads(first), json.loads(second)
+    changed = [n for n in sorted({*a, *b}) if a.get(n) != b.get(n)]
+    told = "; ".join(f"{n} is {b.get(n)} there and {a.get(n)} in process 0" for n in changed[:6])
+    more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+    raise AgreedError(
+        f"process {other} has other {what} than process 0: {told}{more}. All processes need the "
+        "same flags, files and versions"
+    )
 
 
 _TEXT_BYTES = 2048
@@ -409,6 +420,16 @@ def _gather(text: str) -> list[str]:
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def _gather_long(text: str, numbers: Sequence[int]) -> list[str]:
+    """The texts of some processes, whole; every process must call this."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data))))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(data)] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [bytes(rows[n][: sizes[n]]).decode() for n in numbers]
 
 
 def is_primary() -> bool:

@@ -288,18 +288,19 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
     Returns:
         `{dotted field: (saved value, current value)}`.
     """
-    a, b = _flat(saved), _flat(current)
+    a, b = flat_dict(saved), flat_dict(current)
     found = {key: (a.get(key), b.get(key)) for key in sorted({*a, *b}) if a.get(key) != b.get(key)}
     return {
         k: v for k, v in found.items() if not any((k + ".").startswith(r + ".") for r in RESUMABLE)
     }
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_dict(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A result of `to_dict` with dotted names in place of nesting."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flat_dict(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

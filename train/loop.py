@@ -18,7 +18,7 @@ from dsa_jax.sharding import batch_spec, make_mesh
 from dsa_jax.transformer import Transformer
 from train import cluster, data, diagnose, summary
 from train.checkpoints import Checkpoints, RunRecord
-from train.config import TrainConfig, to_dict
+from train.config import TrainConfig, flat_dict, to_dict
 from train.data import Batch, DataPosition
 from train.lock import Lock
 from train.signals import StopRequest
@@ -90,6 +90,8 @@ def train(
     with ExitStack() as stack:
         with cluster.together():
             config = config.resolved()
+        cluster.require_same("settings", _settings(config))
+        with cluster.together():
             mesh = make_mesh(config.mesh)
             run_plan = plan(config, mesh)
             lock = _lock(config, console, stack)
@@ -125,6 +127,13 @@ def _lock(config: TrainConfig, console: Console, stack: ExitStack) -> Lock | Non
     return stack.enter_context(Lock(config.output, what, lambda text: console.print(text)))
 
 
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What all processes of a run must have in common."""
+    fields = flat_dict(to_dict(config)).items()
+    same = {name: value for name, value in fields if not name.startswith("cluster.")}
+    return {**same, "jax": jax.__version__, "platform": jax.default_backend()}
+
+
 def _corpus(config: TrainConfig) -> Corpus:
     """The same data in every process; text is tokenised once, by the first, where they share a
     file system."""
@@ -139,7 +148,7 @@ def _corpus(config: TrainConfig) -> Corpus:
             corpus = read()
     with cluster.together():
         corpus = corpus or read()
-    cluster.require_same("data.sources", str(corpus.files))
+    cluster.require_same("data (data.sources)", corpus.files)
     return corpus
 
 

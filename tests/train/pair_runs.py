@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,22 +9,19 @@ from pathlib import Path
 
 from small_runs import LENGTH, MODEL
 
-from tests.processes import ROOT
+from dsa_jax.config import ModelConfig
+from tests.processes import ROOT, free_port
 from train.tracker import read_metrics
 
 HEARTBEAT = 10  # the least that JAX's coordination service keeps to
 BOUND = HEARTBEAT + 15  # seconds in which who is left must have ended, on a busy machine
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-def flags(folder: Path, tokens: Path, output: str, **fields: object) -> list[str]:
+def flags(
+    folder: Path, tokens: Path, output: str, model: ModelConfig = MODEL, **fields: object
+) -> list[str]:
     """A run of the smallest model that saves every step."""
-    (folder / "model.json").write_text(json.dumps(MODEL.to_hf()))
+    (folder / "model.json").write_text(json.dumps(model.to_hf()))
     given = {
         "model": folder / "model.json",
         "stage": "sparse",
@@ -52,11 +48,19 @@ class Group:
     Args:
         folder: for the files, and for compiled programs.
         arguments: of `python -m train run`.
+        last: more of them, for the last process only.
         count: processes.
         devices: of each.
     """
 
-    def __init__(self, folder: Path, arguments: list[str], count: int = 2, devices: int = 1):
+    def __init__(
+        self,
+        folder: Path,
+        arguments: list[str],
+        last: tuple[str, ...] = (),
+        count: int = 2,
+        devices: int = 1,
+    ):
         port = free_port()
         self.logs = [folder / f"{rank}.log" for rank in range(count)]
         self.workers = []
@@ -75,6 +79,7 @@ class Group:
             }
             command = [sys.executable, "-m", "train", "run", *arguments]
             command += ["--cluster.heartbeat-timeout", str(HEARTBEAT)]
+            command += last if rank == count - 1 else ()
             with log.open("wb") as file:
                 self.workers.append(
                     subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file)

@@ -1,6 +1,6 @@
 """Kills one of two processes at random moments; what is resumed ends bit-equal to a run left alone.
 
-    python tests/train/kill_pairs.py --rounds 20
+    PYTHONPATH=. python tests/train/kill_pairs.py --rounds 20
 
 A round starts both processes, waits for a random number of steps and then for a random part of a
 second, and kills one: its worker, or the parent that a launcher sees. The other one must end by
@@ -14,12 +14,9 @@ import argparse
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from pair_runs import BOUND, Group, flags
 from small_runs import token_file

@@ -80,7 +80,7 @@ def test_another_hosts_touch_refuses(tmp_path):
     path = write(tmp_path, 1, ELSEWHERE)
     timer = threading.Timer(0.3, os.utime, [path])
     timer.start()
-    with pytest.raises(ValueError, match="at work there.*host far"), short(tmp_path):
+    with pytest.raises(ValueError, match=r"at work there.*host far"), short(tmp_path):
         pass
     timer.join()
 

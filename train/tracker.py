@@ -181,7 +181,7 @@ class TensorBoardTracker:
                 "log.tensorboard=True needs tensorboardX: pip install 'dsa-jax[tensorboard]', "
                 "or leave it out (metrics.jsonl is written anyway)"
             ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
 
     def log(self, kind: str, step: int, metrics: Metrics) -> None:
         """Writes every number of the record."""

@@ -4,7 +4,8 @@
 
 A round starts both processes, waits for a random number of steps and then for a random part of a
 second, and kills one: its worker, or the parent that a launcher sees. The other one must end by
-itself, with a sentence, within `pair_runs.BOUND` seconds. Checkpoints are written at every step, so
+itself, with a sentence, within `pair_runs.BOUND` seconds (and `START` more if one was killed
+before both had come together). Checkpoints are written at every step, so
 most kills fall into a save. Every other round starts where the last kill has left the folder.
 """
 
@@ -18,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pair_runs import BOUND, Group, flags
+from pair_runs import BOUND, START, Group, flags
 from small_runs import token_file
 
 from dsa_jax.layer_tree import flatten
@@ -49,7 +50,7 @@ def kill_round(
     if process.poll() is None:
         os.kill(target, signal.SIGKILL)
     began = time.monotonic()
-    codes = group.wait(BOUND)
+    codes = group.wait(BOUND if steps else START + BOUND)
     seconds = time.monotonic() - began
     other = 1 - victim
     if codes == [0, 0]:

@@ -14,7 +14,8 @@ from tests.processes import ROOT, free_port
 from train.tracker import read_metrics
 
 HEARTBEAT = 10  # the least that JAX's coordination service keeps to
-BOUND = HEARTBEAT + 15  # seconds in which who is left must have ended, on a busy machine
+START = 60  # seconds in which both must have started, on a busy machine
+BOUND = HEARTBEAT + 15  # seconds in which who is left must have ended, once both had started
 
 
 def flags(
@@ -79,6 +80,7 @@ class Group:
             }
             command = [sys.executable, "-m", "train", "run", *arguments]
             command += ["--cluster.heartbeat-timeout", str(HEARTBEAT)]
+            command += ["--cluster.start-timeout", str(START)]
             command += last if rank == count - 1 else ()
             with log.open("wb") as file:
                 self.workers.append(

@@ -42,17 +42,20 @@ def test_a_killed_owner_of_this_host_costs_no_wait(tmp_path):
         "import os, signal, sys; from pathlib import Path; from train.lock import Lock\n"
         "Lock(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    killed = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # a zombie: its number is still there
     assert (tmp_path / "lock.1").exists()
     began = time.monotonic()
     with Lock(tmp_path):
         assert time.monotonic() - began < 1
         assert [p.name for p in tmp_path.iterdir()] == ["lock.2"]
+    killed.wait()
 
 
 def test_a_process_number_that_came_again_is_not_the_owner(tmp_path):
     me = Owner.me()
     assert me.started is not None
+    assert me.started > (lock._started(1) or 0)  # processes of one boot tell their age
     write(tmp_path, 3, dataclasses.replace(me, started=me.started - 1))
     with short(tmp_path):
         assert (tmp_path / "lock.4").exists()

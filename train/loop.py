@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from rich.console import Console
 
@@ -56,9 +57,31 @@ class TrainResult:
     interrupted: bool
 
 
+def jit_step(run: Plan) -> Any:
+    """The stage's step, jitted: the state is given up to it and comes back where it was."""
+    return jax.jit(
+        make_step(run.config, run.skeleton, run.optimizer),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, run.state), None),
+    )
+
+
+def compile_step(config: TrainConfig) -> Any:
+    """The stage's step, compiled before there is anything to run it on, for `train(step=...)`."""
+    config = config.resolved()
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        run = plan(config, mesh)
+        shape = (config.batch_size or 0, config.sequence_length or 0)
+        row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, batch_spec()))
+        batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
+        return jit_step(run).lower(run.state, batch).compile()
+
+
 def train(
     config: TrainConfig,
     *,
+    step: Any = None,
     evaluate: EvaluateHook | None = None,
     evaluate_every: int = 0,
     console: Console | None = None,
@@ -67,6 +90,7 @@ def train(
 
     Args:
         config: the run.
+        step: its step, from `compile_step`; None: compiled here.
         evaluate: called after the last step, and as often as `evaluate_every` says.
         evaluate_every: steps between two calls of `evaluate`; 0: only after the last one.
         console: where tables and the progress bar are drawn; None makes one on stderr.
@@ -102,7 +126,8 @@ def train(
         log = stack.enter_context(closing(_trackers(config, console, first)))
         log.log("start", first, {"origin": begun.origin, **numbers})
         stop = stack.enter_context(StopRequest())
-        run = _Run(run_plan, begun, corpus, checkpoints, log, evaluate, evaluate_every)
+        step = step or jit_step(run_plan)
+        run = _Run(run_plan, begun, corpus, step, checkpoints, log, evaluate, evaluate_every)
         interrupted = run.steps(stop)
         return run.result(interrupted)
 
@@ -137,6 +162,7 @@ class _Run:
         run: Plan,
         begun: Start,
         corpus: Corpus,
+        step: Any,
         checkpoints: Checkpoints,
         log: Tracker,
         evaluate: EvaluateHook | None,
@@ -156,11 +182,7 @@ class _Run:
             begun.position.check(corpus)
             self.first_row = begun.position.rows_at(self.length)
         self.batch_sharding = NamedSharding(run.mesh, batch_spec())
-        self.step = jax.jit(
-            make_step(config, run.skeleton, run.optimizer),
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, run.state), None),
-        )
+        self.step = step
         self.pending: _Pending | None = None
         self.last: dict[str, Any] = {}
         self.clock = time.perf_counter()

@@ -45,15 +45,15 @@ from train.state import Params, Skeleton, TrainState, new_state, skeleton_of
 
 # Names of kernels, in the order in which they are looked for, and whose time they are.
 OPS = (
-    ("dsa_dense_attention_d", "dense attention, backward"),
-    ("dsa_dense_attention", "dense attention, forward"),
-    ("dsa_indexer_target", "indexer's KL"),
-    ("dsa_indexer_gradient", "indexer's KL"),
-    ("dsa_indexer_kl", "indexer's KL"),
-    ("dsa_indexer_scores", "indexer's scores"),  # of the selection, and in warm-up of the KL
+    ("dense_attention_d", "dense attention, backward"),
+    ("dense_attention", "dense attention, forward"),
+    ("indexer_target", "indexer's KL"),
+    ("indexer_gradient", "indexer's KL"),
+    ("indexer_kl", "indexer's KL"),
+    ("indexer_scores", "indexer's scores"),  # of the selection, and in warm-up of the KL
     ("topk", "top-k"),
-    ("dsa_sparse_attention_forward", "sparse attention, forward"),
-    ("dsa_sparse_attention", "sparse attention, backward"),
+    ("sparse_attention_forward", "sparse attention, forward"),
+    ("sparse_attention_", "sparse attention, backward"),
     ("grouped_matmul", "experts' matmuls"),
     ("nvjet", "other matmuls"),
     ("cutlass", "other matmuls"),

@@ -98,6 +98,27 @@ def _kernels(fn: Callable[..., Any], *args: Any, repeats: int = 2) -> Runs:
     return cast(Runs, timings)
 
 
+def reference_jit(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` jitted for a check: its matmuls are taken as they come, without a search for fast ones.
+
+    On a GPU the search takes longer than all else that a check does.
+    """
+    options = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+    return jax.jit(fn, compiler_options=options)
+
+
+@jax.jit
+def _equal(found, again):
+    return jnp.stack(
+        [jnp.array_equal(*xs) for xs in zip(*map(jax.tree.leaves, (found, again)), strict=True)]
+    ).all()
+
+
+def equal_runs(run: Callable[[], Any], found: Any, runs: int = 20) -> int:
+    """How many of so many runs give the bits of `found`."""
+    return sum(bool(_equal(found, run())) for _ in range(runs))
+
+
 @functools.cache
 def matmul_rates(size: int = 8192) -> dict[str, float]:
     """TFLOP/s of a square bf16 and e4m3 matmul through XLA's library calls, on random data."""

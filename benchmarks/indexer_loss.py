@@ -1,6 +1,6 @@
 """Times the indexer's losses, value and gradient.
 
-    python -m benchmarks.ops indexer_kl_dense indexer_kl_sparse --json FILE
+python -m benchmarks.ops indexer_kl_dense indexer_kl_sparse --json FILE
 """
 
 from __future__ import annotations

@@ -226,9 +226,7 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, s: _Shared):
 
     def tile(query, before, shift, mine, bound, weight, i, phases):
         j = shift + 2 * i
-        dots, index_dots, phases = _products(
-            plan, before + j, i == 0, i == mine - 1, phases, s
-        )
+        dots, index_dots, phases = _products(plan, before + j, i == 0, i == mine - 1, phases, s)
         some = pl.ds(j * KEYS, KEYS)
         found = jnp.exp2(dots * (plan.scale * LOG2E) - over_heads(bound)).sum(axis=1)
         mass.at[query, some][...] = found
@@ -246,9 +244,7 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, s: _Shared):
                 plgpu.barrier_wait(s.query_full.at[chunk])
                 plgpu.barrier_arrive(s.query_read.at[chunk])
 
-        bound, weight = (
-            plgpu.load(x.at[query], layout=column, optimized=False) for x in (lse, iw)
-        )
+        bound, weight = (plgpu.load(x.at[query], layout=column, optimized=False) for x in (lse, iw))
         body = functools.partial(tile, query, before, shift, mine, bound, weight)
         return lax.fori_loop(0, mine, body, phases)
 

@@ -60,7 +60,7 @@ class Residuals(NamedTuple):
 def forward(iq, ik, iw, q, kv, lse, indices, *, scale: float, workspace_bytes: int = 0):
     """`kl [B, T]`, by the signature of the reference."""
     del workspace_bytes
-    return _compare(iq, ik, iw, q, kv, lse, indices, scale=scale)[0]
+    return compare(iq, ik, iw, q, kv, lse, indices, scale=scale)[0]
 
 
 def forward_for_backward(
@@ -68,13 +68,13 @@ def forward_for_backward(
 ):
     """`(kl [B, T], Residuals)`."""
     del workspace_bytes
-    kl, d = _compare(iq, ik, iw, q, kv, lse, indices, scale=scale)
+    kl, d = compare(iq, ik, iw, q, kv, lse, indices, scale=scale)
     return kl, Residuals(iq, ik, iw, indices, d)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "sms", "interpret"))
-def _compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret: Any = None):
-    """`(kl, d)`."""
+def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret: Any = None):
+    """`(kl, Residuals.d)`."""
     batch, queries, heads, width = q.shape
     if 0 in (*indices.shape, kv.shape[1]):
         return jnp.zeros((batch, queries), jnp.float32), jnp.zeros(indices.shape, jnp.float32)
@@ -109,6 +109,7 @@ def _compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpre
     return divergence(p, scores, exists), scores_gradient(p, scores, exists)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
 def backward(residuals: Residuals, g, *, scale: float = 0.0, workspace_bytes: int = 0):
     """Gradients of iq, ik and iw, given that of `kl`."""
     del scale
@@ -117,7 +118,6 @@ def backward(residuals: Residuals, g, *, scale: float = 0.0, workspace_bytes: in
     return gradients(residuals, g, window=window)
 
 
-@functools.partial(jax.jit, static_argnames=("window", "sms", "interpret"))
 def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret: Any = None):
     """The gradients, with at most so many queries in a window."""
     iq, ik, iw, indices, d = residuals

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import sparse_attention
-from benchmarks.timing import device_time, equal_runs, reference_jit
+from benchmarks.timing import compiled, device_time, equal_runs, reference_jit
 from pallas_kernels import KeyRange, Selection, indexer_kl_sparse
 from pallas_kernels.dense_attention import forward_sm90
 from pallas_kernels.indexer_loss import dense_sm90, reference
@@ -183,16 +183,23 @@ def _sparse(keys: int) -> dict:
     rng = np.random.default_rng(0)
     indices = jnp.asarray(a.random_selections(rng, a.T, keys, a.K))
     x = _sparse_inputs(indices, keys=keys, seed=0)
-    loss = device_time(functools.partial(_sparse_loss, implementation="mosaic"), x, repeats=5)
-    value = device_time(_sparse_value, x, repeats=3)
-    run = functools.partial(sparse_forward_sm90.forward, value_width=a.C, scale=a.SCALE)
-    out, _ = run(x.q, x.kv, x.indices)
-    forward = device_time(run, x.q, x.kv, x.indices, repeats=5)
-    backward = device_time(
-        functools.partial(backward_sm90.backward, scale=a.SCALE),
-        x.q, x.kv, x.indices, out, x.lse, jnp.roll(out, 1, axis=1), jnp.zeros_like(x.lse),
-        repeats=3,
-    )  # fmt: skip
+    attend = functools.partial(sparse_forward_sm90.forward, value_width=a.C, scale=a.SCALE)
+    inputs = x.q, x.kv, x.indices
+    out, _ = attend(*inputs)
+    dout = jnp.roll(out, 1, axis=1)
+    calls = [
+        (functools.partial(_sparse_loss, implementation="mosaic"), (x,)),
+        (_sparse_value, (x,)),
+        (attend, inputs),
+        (
+            functools.partial(backward_sm90.backward, scale=a.SCALE),
+            (*inputs, out, x.lse, dout, jnp.zeros_like(x.lse)),
+        ),
+    ]
+    loss, value, forward, backward = (
+        device_time(fn, *args, repeats=4)
+        for fn, (_, args) in zip(compiled(calls), calls, strict=True)
+    )
     attention = forward.median_ms + backward.median_ms
     flop = 2.0 * a.T * a.K * (a.N * (a.C + a.R) + 3 * 64 * 128)
     return {

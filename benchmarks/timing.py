@@ -7,13 +7,14 @@ without that its power limit slows whatever runs for more than some ten millisec
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -47,7 +48,8 @@ class _Cold(jax.stages.Wrapped):
     """
 
     def __init__(self, fn: Callable[..., Any]):
-        self.fn = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
+        ready = isinstance(fn, jax.stages.Wrapped | jax.stages.Compiled)
+        self.fn = fn if ready else jax.jit(fn)
         self.flush = jax.jit(lambda buffer: buffer + 1)
         self.buffer = jnp.zeros((_FLUSH_BYTES // 4,), jnp.int32)
 
@@ -67,7 +69,7 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
     """Times `fn(*args)` on the GPU.
 
     Args:
-        fn: a function of arrays; it is jitted here unless it is already.
+        fn: a function of arrays; it is jitted here unless it is already, or compiled.
         *args: its inputs, already on the device.
         repeats: how many cold runs to take the median of; at least 2.
     """
@@ -91,11 +93,26 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
 
 
 def _kernels(fn: Callable[..., Any], *args: Any, repeats: int = 2) -> Runs:
-    """What CUPTI saw of each of so many calls, at least 2, after one to warm up."""
-    _, timings = profiler.measure(fn, aggregate=False, iterations=repeats)(*args)
-    if timings is None:
-        raise RuntimeError("CUPTI saw no kernel: device_time needs an NVIDIA GPU")
-    return cast(Runs, timings)
+    """What CUPTI saw of each of so many calls, each after one to warm up."""
+    measure = profiler.measure(fn, aggregate=False)
+    runs = []
+    for _ in range(repeats):  # not in one call, which wants the kernels always in the same order
+        _, timings = measure(*args)
+        if timings is None:
+            raise RuntimeError("CUPTI saw no kernel: device_time needs an NVIDIA GPU")
+        runs.append(timings)
+    return cast(Runs, runs)
+
+
+def compiled(calls: Sequence[tuple[Callable[..., Any], tuple]]) -> list[Callable[..., Any]]:
+    """Functions compiled for their arguments, side by side: that takes longer than their runs."""
+
+    def compile_one(call):
+        fn, args = call
+        return jax.jit(fn).lower(*args).compile()
+
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(compile_one, calls))
 
 
 def reference_jit(fn: Callable[..., Any]) -> Callable[..., Any]:

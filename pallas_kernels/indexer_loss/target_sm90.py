@@ -116,7 +116,7 @@ def window(first, q, k, lse, scores, scores_lse, rows: Rows, problem: Problem):
             kl=plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
             full=plgpu.Barrier(num_arrivals=CONSUMERS + 1, num_barriers=STAGES),
             free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
-            turn=plgpu.Barrier(num_barriers=CONSUMERS),
+            turn=plgpu.Barrier(num_arrivals=CONSUMERS),
         )._asdict(),
         grid=(p.batch * (p.keys // TILE) * (p.queries // BLOCK),),
         grid_names=("tile",),
@@ -218,29 +218,35 @@ def _sum_heads(p: Problem, warpgroup, lse, place: _Place, smem: _Scratch):
     some = pl.ds(place.query + warpgroup * ROWS, ROWS)
     row = plgpu.Layout.WGMMA.reduce(1)
 
+    def hand_over():
+        plgpu.barrier_arrive(smem.turn)
+        plgpu.barrier_wait(smem.turn)
+
     def load(n):
         return plgpu.load(lse.at[place.batch, n, some], layout=row, optimized=False)
 
     def head(n, carry):
         mass, bound = carry
         following = load(jnp.minimum(n + 1, p.heads - 1))  # a head ahead: it comes from far
-        steps = [functools.partial(plgpu.barrier_wait, smem.turn.at[warpgroup])]
+        steps = []
         slots = [lax.rem(n * chunks + c, STAGES) for c in range(chunks)]
         for slot in slots:
             steps.append(functools.partial(plgpu.barrier_wait, smem.full.at[slot]))
             steps.append((smem.q.at[slot, warpgroup], smem.k.at[slot].T))
-        steps.append(functools.partial(plgpu.barrier_arrive, smem.turn.at[1 - warpgroup]))
+        steps.append(hand_over)
         for c, slot in enumerate(slots):
             steps.append(functools.partial(plgpu.wgmma_wait, chunks - 1 - c))
             steps.append(functools.partial(plgpu.barrier_arrive, smem.free.at[slot]))
         dots = multiply((ROWS, TILE), steps, p.interpret is not None)
         mass += jnp.exp2(dots * (p.scale * LOG2E) - lax.broadcast_in_dim(bound, dots.shape, [0]))
+        mass = lax.optimization_barrier(mass)
+        hand_over()
         return mass, following
 
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, TILE), jnp.float32), plgpu.Layout.WGMMA)
-    pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(smem.turn.at[0]))
+    pl.when(warpgroup == 1)(hand_over)
     mass, _ = lax.fori_loop(0, p.heads, head, (zeros, load(0)))
-    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(smem.turn.at[0]))
+    pl.when(warpgroup == 0)(hand_over)
     return mass
 
 

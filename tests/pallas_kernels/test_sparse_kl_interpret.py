@@ -45,7 +45,7 @@ def arguments(batch, queries, keys, heads, selected, width=64, index_width=64, i
         count = [40, selected, 0, 130, 1, 64][row % 6]
         some = first + rng.permutation(end - first)[: min(count, selected)]
         indices[b, t, : len(some)] = np.sort(some)
-    indices[0, 1, 5], indices[0, 1, 9] = keys, -7
+    indices[0, -1, 1], indices[-1, 1 % queries, 2] = keys, -7
     indices = jnp.asarray(indices)
     _, lse = sparse_attention.forward(
         q, kv, indices, value_width=width, scale=SCALE, workspace_bytes=2**28

@@ -50,7 +50,8 @@ class _Cold(jax.stages.Wrapped):
     def __init__(self, fn: Callable[..., Any]):
         ready = isinstance(fn, jax.stages.Wrapped | jax.stages.Compiled)
         self.fn = fn if ready else jax.jit(fn)
-        self.flush = jax.jit(lambda buffer: buffer + 1)
+        # An operation that names its kernel as hardly any other is named.
+        self.flush = jax.jit(lambda buffer: buffer ^ 1)
         self.buffer = jnp.zeros((_FLUSH_BYTES // 4,), jnp.int32)
 
     def __call__(self, *args):
@@ -75,11 +76,7 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
     """
     cold = _Cold(fn)
     names = [name for name, _ in _kernels(cold.flush, cold.buffer)[0]]
-    runs = []
-    for run in _kernels(cold, *args, repeats=repeats):
-        if [name for name, _ in run[-len(names) :]] != names:
-            raise RuntimeError(f"the flush did not run last: {[name for name, _ in run]}")
-        runs.append(run[: -len(names)])
+    runs = [_without(run, names) for run in _kernels(cold, *args, repeats=repeats)]
     totals = [sum(ms for _, ms in run) for run in runs]
     shares: dict[str, list[float]] = {}
     for run in runs:
@@ -90,6 +87,17 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
             shares.setdefault(name, []).append(ms)
     kernels = {name: statistics.median(values) for name, values in shares.items()}
     return Timing(statistics.median(totals), min(totals), max(totals), kernels)
+
+
+def _without(run: list[tuple[str, float]], names: list[str]) -> list[tuple[str, float]]:
+    """A run but for its last kernels of these names; CUPTI may report others after them."""
+    left = list(run)
+    for name in names:
+        at = [i for i, (found, _) in enumerate(left) if found == name]
+        if not at:
+            raise RuntimeError(f"the flush did not run: {[found for found, _ in run]}")
+        del left[at[-1]]
+    return left
 
 
 def _kernels(fn: Callable[..., Any], *args: Any, repeats: int = 2) -> Runs:

@@ -210,9 +210,7 @@ def _consume(p: _Problem, warpgroup, key, count, queries, smem: _Scratch):
         scores = lax.cond(whole, lambda x: x, lambda x: mask(x, start, end), scores)
         weights = jnp.exp2(scores * (p.scale * LOG2E) - tall(column(smem.lse.at[slot])))
         weights = weights.astype(jnp.bfloat16)
-        dweights = multiply(
-            shape, products(smem.v, smem.dout, slot, p.value_chunks), p.interpret
-        )
+        dweights = multiply(shape, products(smem.v, smem.dout, slot, p.value_chunks), p.interpret)
         dscores = weights.astype(jnp.float32) * (dweights - tall(column(smem.delta.at[slot])))
         dscores = dscores.astype(jnp.bfloat16)
         added = [Product(0, dscores, smem.q.at[slot]), Product(1, weights, smem.dout.at[slot])]

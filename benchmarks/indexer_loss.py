@@ -17,6 +17,7 @@ from benchmarks import sparse_attention
 from benchmarks.timing import compiled, device_time, equal_runs, reference_jit
 from pallas_kernels import KeyRange, Selection, indexer_kl_sparse
 from pallas_kernels.dense_attention import forward_sm90
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.indexer_loss import dense_sm90, reference
 from pallas_kernels.sparse_attention import backward_sm90
 from pallas_kernels.sparse_attention import forward_sm90 as sparse_forward_sm90
@@ -131,14 +132,18 @@ def _sparse_inputs(indices, *, keys: int, seed: int) -> Sparse:
     return Sparse(iq, ik, iw, q, kv, lse, indices, g)
 
 
-def _sparse_loss(x: Sparse, implementation: str):
+def _sparse_value(x: Sparse, implementation: Implementation):
+    return indexer_kl_sparse(
+        x.iq, x.ik, x.iw, x.q, x.kv, x.lse, Selection(x.indices),
+        scale=sparse_attention.SCALE, implementation=implementation,
+    )  # fmt: skip
+
+
+def _sparse_loss(x: Sparse, implementation: Implementation):
     """`(kl, its gradients for iq, ik and iw)`."""
 
-    def kl(*indexer):
-        return indexer_kl_sparse(
-            *indexer, x.q, x.kv, x.lse, Selection(x.indices),
-            scale=sparse_attention.SCALE, implementation=implementation,
-        )  # fmt: skip
+    def kl(iq, ik, iw):
+        return _sparse_value(x._replace(iq=iq, ik=ik, iw=iw), implementation)
 
     value, pull = jax.vjp(kl, x.iq, x.ik, x.iw)
     return value, pull(x.g)
@@ -199,7 +204,7 @@ def _sparse(keys: int) -> dict:
     functions = compiled(
         [
             (functools.partial(_sparse_loss, implementation="mosaic"), (x,)),
-            (_sparse_value, (x,)),
+            (functools.partial(_sparse_value, implementation="mosaic"), (x,)),
             (attend, arguments),
             (
                 functools.partial(backward_sm90.backward, scale=a.SCALE),
@@ -226,9 +231,3 @@ def _sparse(keys: int) -> dict:
         "of_attention": round(loss.median_ms / attention, 4),
         "kernels": {name: round(ms, 3) for name, ms in loss.kernels.items() if ms > 0.02},
     }
-
-
-def _sparse_value(x: Sparse):
-    return indexer_kl_sparse(
-        *x[:6], Selection(x.indices), scale=sparse_attention.SCALE, implementation="mosaic"
-    )

@@ -49,7 +49,7 @@ class _Cold(jax.stages.Wrapped):
 
     def __init__(self, fn: Callable[..., Any]):
         ready = isinstance(fn, jax.stages.Wrapped | jax.stages.Compiled)
-        self.fn = fn if ready else jax.jit(fn)
+        self.fn: Any = fn if ready else jax.jit(fn)
         # An operation that names its kernel as hardly any other is named.
         self.flush = jax.jit(lambda buffer: buffer ^ 1)
         self.buffer = jnp.zeros((_FLUSH_BYTES // 4,), jnp.int32)

@@ -209,7 +209,7 @@ def _consume(p: _Problem, warpgroup, key, count, queries, smem: _Scratch):
         scores = multiply(shape, steps, p.interpret)
         scores = lax.cond(whole, lambda x: x, lambda x: mask(x, start, end), scores)
         weights = jnp.exp2(scores * (p.scale * LOG2E) - tall(column(smem.lse.at[slot])))
-        weights = weights.astype(jnp.bfloat16)
+        weights, *totals = lax.optimization_barrier((weights.astype(jnp.bfloat16), *totals))
         dweights = multiply(shape, products(smem.v, smem.dout, slot, p.value_chunks), p.interpret)
         dscores = weights.astype(jnp.float32) * (dweights - tall(column(smem.delta.at[slot])))
         dscores = dscores.astype(jnp.bfloat16)

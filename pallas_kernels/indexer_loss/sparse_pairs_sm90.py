@@ -186,7 +186,9 @@ def _products(plan: _Plan, number, first, last, phases, s: _Shared):
     """
     role = lax.rem(number, jnp.int32(2))
     steps = []
-    before = None
+    slots = [
+        lax.rem(number * plan.steps + chunk, jnp.int32(plan.slots)) for chunk in range(plan.steps)
+    ]
 
     def wait(chunk, slot, phases):
         @pl.when(first)
@@ -199,22 +201,20 @@ def _products(plan: _Plan, number, first, last, phases, s: _Shared):
         plgpu.barrier_arrive(s.freed.at[slot])
         plgpu.barrier_arrive(s.query_read.at[chunk], predicate=last)
 
-    for chunk in range(plan.steps):
-        slot = lax.rem(number * plan.steps + chunk, jnp.int32(plan.slots))
+    for chunk, slot in enumerate(slots):
         steps.append(functools.partial(wait, chunk, slot, phases))
         which = 0 if chunk < plan.chunks else 1
         steps.append(Product(which, s.ring.at[slot], s.columns_of(chunk, plan).T))
-        if before is not None:
-            steps += [Until(1), functools.partial(free, *before)]
-        before = chunk, slot
+        if chunk:
+            steps += [Until(1), functools.partial(free, chunk - 1, slots[chunk - 1])]
         phases = Landing.next(slot + plan.slots * role, phases)
     zeros = [
         plgpu.layout_cast(jnp.zeros((KEYS, columns), jnp.float32), plgpu.Layout.WGMMA)
         for columns in (plan.heads, INDEX_HEADS)
     ]
-    found = multiply_add(zeros, steps, plan.interpret)
-    free(*before)
-    return *found, phases
+    found, index_found = multiply_add(zeros, steps, plan.interpret)
+    free(plan.steps - 1, slots[-1])
+    return found, index_found, phases
 
 
 def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, s: _Shared):

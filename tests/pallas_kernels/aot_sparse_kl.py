@@ -15,17 +15,16 @@ def deepseek(
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((1, *shape), dtype)
 
-    def loss(iq, ik, iw, *rest):
-        def kl(*indexer):
-            *arguments, indices, _ = rest
+    def loss(iq, ik, iw, q, kv, lse, indices, g):
+        def kl(iq, ik, iw):
             return indexer_kl_sparse(
-                *indexer, *arguments, Selection(indices), scale=0.1, implementation="mosaic"
+                iq, ik, iw, q, kv, lse, Selection(indices), scale=0.1, implementation="mosaic"
             )
 
         if not gradient:
             return kl(iq, ik, iw)
         value, pull = jax.vjp(kl, iq, ik, iw)
-        return value, pull(rest[-1])
+        return value, pull(g)
 
     return loss, (
         array(queries, 64, 128),

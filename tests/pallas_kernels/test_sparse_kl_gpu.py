@@ -33,11 +33,14 @@ def indexer_of(rng, q, kv):
 def loss(iq, ik, iw, q, kv, indices, latent, g, implementation):
     """`(kl, gradients)`; a query's weight is of either sign."""
     selection = Selection(indices)
-    options = {"scale": SCALE, "implementation": implementation}
-    _, lse = sparse_attention(q, kv, selection, value_width=latent, **options)
+    _, lse = sparse_attention(
+        q, kv, selection, value_width=latent, scale=SCALE, implementation=implementation
+    )
 
-    def kl(*indexer):
-        return indexer_kl_sparse(*indexer, q, kv, lse, selection, **options)
+    def kl(iq, ik, iw):
+        return indexer_kl_sparse(
+            iq, ik, iw, q, kv, lse, selection, scale=SCALE, implementation=implementation
+        )
 
     value, pull = jax.vjp(kl, iq, ik, iw)
     return value, *pull(g)
@@ -53,9 +56,9 @@ def test_value_and_gradient(name):
     jnp.full((2**28,), jnp.nan, jnp.float32).block_until_ready().delete()
     run = jax.jit(functools.partial(loss, latent=latent, implementation="mosaic"))
     found = run(*indexer, q, kv, indices, g=g)
-    iq, ik, iw = indexer
-    wide = [x.astype(jnp.float32) for x in (iq, ik, iw, q, kv)]
-    expected = loss(*wide, indices, latent, g, "xla")
+    wide = [x.astype(jnp.float32) for x in (*indexer, q, kv)]
+    reference = functools.partial(loss, latent=latent, implementation="xla")
+    expected = reference(*wide, indices=indices, g=g)
     # fp32 sums of terms as large as a few nats, from an lse that is off by a few 2**-24 of itself.
     np.testing.assert_allclose(found[0], expected[0], rtol=2e-5, atol=2e-5)
     for one, other in zip(found[1:], expected[1:], strict=True):
@@ -71,7 +74,8 @@ def test_windows():
     rng = np.random.default_rng()
     indexer = indexer_of(rng, q, kv)
     _, lse = sparse_attention(q, kv, Selection(indices), value_width=latent, scale=SCALE)
-    _, residuals = sparse_sm90.forward_for_backward(*indexer, q, kv, lse, indices, scale=SCALE)
+    inputs = (*indexer, q, kv, lse, indices)
+    _, residuals = sparse_sm90.forward_for_backward(*inputs, scale=SCALE)
     g = jnp.ones(q.shape[:2])
 
     def run(window):

@@ -112,9 +112,11 @@ def directional(found, fn, *inputs):
     ],
 )
 def test_unsupported(change, word):
-    *inputs, indices = arguments(1, 1, 10, 1, 3, **change)
+    iq, ik, iw, q, kv, lse, indices = arguments(1, 1, 10, 1, 3, **change)
     with pytest.raises(UnsupportedError, match=word):
-        indexer_kl_sparse(*inputs, Selection(indices), scale=SCALE, implementation="mosaic")
+        indexer_kl_sparse(
+            iq, ik, iw, q, kv, lse, Selection(indices), scale=SCALE, implementation="mosaic"
+        )
 
 
 def test_lowers_for_cuda_without_a_gpu():
@@ -122,8 +124,9 @@ def test_lowers_for_cuda_without_a_gpu():
     *arrays, indices = arguments(2, 6, 90, 16, 20, index_width=128)
 
     def loss(indexer, target, indices):
+        (iq, ik, iw), (q, kv, lse) = indexer, target
         return indexer_kl_sparse(
-            *indexer, *target, Selection(indices), scale=SCALE, implementation="mosaic"
+            iq, ik, iw, q, kv, lse, Selection(indices), scale=SCALE, implementation="mosaic"
         ).sum()
 
     inputs = tuple(arrays[:3]), tuple(arrays[3:]), indices

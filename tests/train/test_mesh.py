@@ -6,44 +6,52 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from small_runs import LENGTH, config, jit, loud_params, packed
+from small_runs import config, jit, loud_params, packed
 
 from dsa_jax import presets
+from dsa_jax.config import ModelConfig
 from dsa_jax.sharding import MeshConfig, batch_spec, make_mesh
 from tests.processes import run_pair
+from train.config import TrainConfig
 from train.stages import Stage, split
 from train.start import param_shardings, plan
 from train.state import Skeleton, skeleton_of
 from train.step import gradient
 
-# A dense layer and one with experts; topk 8 is far below T.
-MODEL = presets.get("tiny").replace(num_hidden_layers=2, first_k_dense_replace=1)
+# A dense layer and one with experts, or the latter alone; topk 8 is far below T.
+TWO_LAYERS = presets.get("tiny").replace(num_hidden_layers=2, first_k_dense_replace=1)
+ONE_LAYER = presets.get("tiny").replace(num_hidden_layers=1, first_k_dense_replace=0)
+LENGTH = 32
 RNG = np.random.default_rng(1)
 # Lengths on both sides of topk, several documents a row, across chunks, padding, one empty row.
-DOCUMENTS = [RNG.integers(2, 96, n) for n in (24, 17, 5, 12, 9, 3, 20, 11, 13, 6, 18)]
+DOCUMENTS = [RNG.integers(2, 96, n) for n in (32, 17, 5, 12, 9, 3, 27, 11, 13, 6, 18)]
 LAYOUT = [[0], [1, 2], [3, 4, 5], [6], [7, 8], [9, 10], []]
+# Compiling is what takes the time: each pair of axes once, here or in the two processes.
 MESHES = [
-    {"fsdp": 2, "expert": 2, "context": 2},
-    {"expert": 2, "context": 2, "tensor": 2},
-    {"data": 2, "expert": 2, "tensor": 2},
-    {"data": 2, "context": 4},
+    ({"data": 2, "expert": 2, "tensor": 2}, TWO_LAYERS),
+    ({"context": 4, "tensor": 2}, ONE_LAYER),
 ]
+IN_TWO_PROCESSES = {"fsdp": 2, "expert": 2, "context": 2}
 
 
 def ids(mesh) -> str:
     return "-".join(f"{axis}{size}" for axis, size in mesh.items())
 
 
+def run_config(stage: Stage, model: ModelConfig, **fields) -> TrainConfig:
+    return config(stage, model=model, **{"sequence_length": LENGTH, **fields})
+
+
 @functools.cache
-def whole_model() -> tuple[Skeleton, dict]:
-    skeleton = skeleton_of(config(Stage.SPARSE, model=MODEL))
+def filled(model: ModelConfig) -> tuple[Skeleton, dict]:
+    skeleton = skeleton_of(run_config(Stage.SPARSE, model))
     return skeleton, loud_params(skeleton)
 
 
-def loss_and_gradient(stage: Stage, sizes: dict[str, int], devices=None):
-    """Loss terms and gradient of the whole batch, and where the gradient lies."""
-    skeleton, params = whole_model()
-    run = config(stage, model=MODEL, mesh=MeshConfig(**sizes))
+def loss_and_gradient(stage: Stage, model: ModelConfig, sizes: dict[str, int], devices=None):
+    """Loss terms and gradient of the whole batch, on the devices."""
+    skeleton, params = filled(model)
+    run = run_config(stage, model, mesh=MeshConfig(**sizes))
     batch = packed(DOCUMENTS, 8, LENGTH, LAYOUT)
     mesh = make_mesh(run.mesh, devices)
     with jax.set_mesh(mesh):
@@ -56,8 +64,8 @@ def loss_and_gradient(stage: Stage, sizes: dict[str, int], devices=None):
 
 
 @functools.cache
-def one_device(stage: Stage):
-    return jax.device_get(loss_and_gradient(stage, {}))
+def one_device(stage: Stage, model: ModelConfig):
+    return jax.device_get(loss_and_gradient(stage, model, {}))
 
 
 def assert_same(found, expected):
@@ -71,11 +79,11 @@ def assert_same(found, expected):
         np.testing.assert_allclose(found[1][path], g, atol=1e-5 * np.abs(g).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=ids)
+@pytest.mark.parametrize(("sizes", "model"), MESHES, ids=[ids(sizes) for sizes, _ in MESHES])
 @pytest.mark.parametrize("stage", [Stage.SPARSE, Stage.WARMUP])
-def test_devices_compute_what_one_does(stage, sizes):
-    found = loss_and_gradient(stage, sizes)
-    assert_same(jax.device_get(found), one_device(stage))
+def test_devices_compute_what_one_does(stage, sizes, model):
+    found = loss_and_gradient(stage, model, sizes)
+    assert_same(jax.device_get(found), one_device(stage, model))
     # And each holds its part only of every large gradient.
     parts = np.prod([n for axis, n in sizes.items() if axis != "data"])
     for path, g in found[1].items():
@@ -90,10 +98,9 @@ def _whole_along_tensor(path: str) -> bool:
 
 def test_devices_choose_the_same_keys():
     """Zig-zag queries against keys in natural order, on eight devices of one row."""
-    skeleton, params = whole_model()
+    skeleton, params = filled(ONE_LAYER)
     batch = packed(DOCUMENTS, 8, LENGTH, LAYOUT)
-    # Rows of 32: sixteen chunks of two tokens.
-    tokens, segments = (np.pad(batch[n][:4], ((0, 0), (0, 8))) for n in ("tokens", "segment_ids"))
+    tokens, segments = batch["tokens"], batch["segment_ids"]  # sixteen chunks of two tokens
 
     def choose(params, tokens, segments):
         out = skeleton.model(params)(tokens, segment_ids=segments, return_selection=True)
@@ -103,7 +110,7 @@ def test_devices_choose_the_same_keys():
     with jax.set_mesh(make_mesh(MeshConfig(context=8))):
         indices, hidden = jit(choose)(params, tokens, segments)
     np.testing.assert_array_equal(indices, one[0])
-    assert ((indices >= 0).sum(-1) == MODEL.index_topk).any()
+    assert ((indices >= 0).sum(-1) == ONE_LAYER.index_topk).any()
     assert hidden.sharding.shard_shape(hidden.shape)[1] == 4
     np.testing.assert_allclose(hidden, one[1], atol=1e-5)
 
@@ -119,12 +126,15 @@ sys.path[:0] = ["tests/train"]
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 import test_mesh
+from train.config import TrainConfig
 from train.stages import Stage
 
 # Neighbours along `context`, the innermost axis, are in different processes.
 devices = sorted(jax.devices(), key=lambda d: (d.id % 4, d.process_index))
 for stage in (Stage.SPARSE, Stage.WARMUP):
-    found = test_mesh.loss_and_gradient(stage, {"fsdp": 2, "expert": 2, "context": 2}, devices)
+    found = test_mesh.loss_and_gradient(
+        stage, test_mesh.ONE_LAYER, test_mesh.IN_TWO_PROCESSES, devices
+    )
     assert not all(x.is_fully_addressable for x in jax.tree.leaves(found))
     metrics, gradients = process_allgather(found, tiled=True)
     if rank == 0:
@@ -139,7 +149,7 @@ def test_two_processes_compute_what_one_device_does(tmp_path):
         found = [
             np.load(tmp_path / f"{stage.value}-{part}.npz") for part in ("metrics", "gradients")
         ]
-        assert_same(found, one_device(stage))
+        assert_same(found, one_device(stage, ONE_LAYER))
 
 
 @pytest.mark.parametrize(
@@ -153,10 +163,14 @@ def test_two_processes_compute_what_one_device_does(tmp_path):
             {"sequence_length": 20, "mesh": MeshConfig(context=4)},
             r"sequence_length=20 .*multiple of 8",
         ),
-        ({"batch_size": 10, "mesh": MeshConfig(expert=5)}, r"=48 does not divide by .*mesh.expert=5"),
+        (
+            {"batch_size": 10, "mesh": MeshConfig(expert=5)},
+            r"=48 does not divide by .*mesh.expert=5",
+        ),
     ],
 )
 def test_bad_meshes_are_refused(fields, complaint):
+    run = run_config(Stage.SPARSE, ONE_LAYER, **fields)
+    mesh = make_mesh(run.mesh)
     with pytest.raises(ValueError, match=complaint):
-        run = config(Stage.SPARSE, **{"model": MODEL, **fields})
-        plan(run, make_mesh(run.mesh))
+        plan(run, mesh)

@@ -10,13 +10,13 @@ of all heads in SMEM. The shares of a query are computed at about the same time 
 so that P and dS come from the L2 for all but one. Three warpgroups:
 
     EVEN, ODD  the rows of every other tile of 64 keys
-    LOADER     fills a ring with P and dS of the tiles
+    LOADER     loads P and dS of the tiles, even and odd ones to a place of their own
 
-The products of one warpgroup run while the other writes out its rows; for that they take turns with
-one place in SMEM.
+A tile's P and dS are replaced as soon as its products are done; its rows leave from a place of
+their own while the next tile's products run.
 
-SMEM at 576 columns and 128 heads: 49,152 each of Q and dO, 3 x (16,384 P + 16,384 dS) of ring,
-24,576 of rows. Registers of a thread: EVEN and ODD 216 (96 of rows), LOADER 40.
+SMEM at 576 columns and 128 heads: 49,152 each of Q and dO, 2 x (16,384 P + 16,384 dS), 2 x 24,576
+of rows. Registers of a thread: EVEN and ODD 216 (96 of rows), LOADER 40.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pallas_kernels.sparse_attention.backward_shares import (
 )
 
 KEYS = 64  # of a tile
-SLOTS = 3  # of the ring
+SLOTS = 2  # one for EVEN, one for ODD
 EVEN, ODD, LOADER = range(3)
 _REGISTERS = {EVEN: 216, ODD: 216, LOADER: 40}
 
@@ -81,23 +81,17 @@ class _Shared:
     dout_tile: Any  # bf16 [N, part]
     p_tile: Any  # bf16 [SLOTS, N, 64]
     ds_tile: Any  # bf16 [SLOTS, N, 64]
-    out_tile: Any  # bf16 [64, part]: rows on their way out
+    out_tile: Any  # bf16 [SLOTS, 64, part]: rows on their way out
     query_full: Any
     query_read: Any  # EVEN and ODD need Q and dO no longer
-    full: Any  # P and dS of a slot are there, for EVEN and for ODD: who waits must never miss one
+    full: Any  # P and dS of the slot are there
     freed: Any  # and no longer needed
-    turn: Any  # of EVEN, of ODD, to use `out_tile`
 
 
 def _for_each_query(plan: _Plan, first, body, carry):
     """`carry = body(query of the window, carry)` over this CTA's share of the window."""
     queries = jnp.minimum(plan.window, plan.total - first)
     return strided_loop(queries, body, carry, axis="lane", ctas=plan.lanes)
-
-
-def _after(slot, steps):
-    """The slot so many steps, fewer than SLOTS, further on."""
-    return lax.rem(slot + steps, jnp.int32(SLOTS))
 
 
 def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
@@ -114,42 +108,34 @@ def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
             some = pl.ds(plan.value_start(share), plan.part)
             plgpu.copy_gmem_to_smem(dout.at[first + query, :, some], s.dout_tile, s.query_full)
 
-    def tile(query, j, carry):
-        slot, filled = carry
+    def tile(query, j, filled):
+        slot = lax.rem(j, jnp.int32(SLOTS))
 
         @pl.when(filled >= SLOTS)
         def _():
             plgpu.barrier_wait(s.freed.at[slot])
 
-        full = s.full.at[2 * slot + lax.rem(j, jnp.int32(2))]
         if plan.value_columns(share):
-            plgpu.copy_gmem_to_smem(weights.at[query, j], s.p_tile.at[slot], full)
-        plgpu.copy_gmem_to_smem(dscores.at[query, j], s.ds_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(weights.at[query, j], s.p_tile.at[slot], s.full.at[slot])
+        plgpu.copy_gmem_to_smem(dscores.at[query, j], s.ds_tile.at[slot], s.full.at[slot])
 
-        # Two tiles of a query find a slot while the last of the query before is in use.
-        @pl.when(j == 1)
+        # The first tile finds its slot free while the last of the query before is in use.
+        @pl.when(j == 0)
         def _():
             load_query(query, filled)
 
-        return _after(slot, 1), filled + 1
+        return filled + 1
 
-    def work_item(query, carry):
-        return lax.fori_loop(0, plan.tiles, functools.partial(tile, query), carry)
+    def work_item(query, filled):
+        return lax.fori_loop(0, plan.tiles, functools.partial(tile, query), filled)
 
-    zero = jnp.int32(0)
-    slot, filled = _for_each_query(plan, first, work_item, (zero, zero))
+    filled = _for_each_query(plan, first, work_item, jnp.int32(0))
 
     @pl.when(filled > 0)
     def _():
         plgpu.barrier_wait(s.query_read)
-
-    unread = jnp.minimum(filled, SLOTS)
-
-    def drain(_, slot):
-        plgpu.barrier_wait(s.freed.at[slot])
-        return _after(slot, 1)
-
-    lax.fori_loop(0, unread, drain, _after(slot, SLOTS - unread))
+        for slot in range(SLOTS):
+            plgpu.barrier_wait(s.freed.at[slot])
 
 
 def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
@@ -160,11 +146,10 @@ def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
     # Apart where a share ends with columns that are no value.
     widths = [w for w in (values, plan.part - values) if w]
 
-    def pair(query, j, carry):
-        slot, count = carry
-        mine = _after(slot, role)
-        plgpu.barrier_wait(s.full.at[2 * mine + role])
-        p_tile, ds_tile = s.p_tile.at[mine], s.ds_tile.at[mine]
+    def pair(query, j, _):
+        slot = lax.rem(2 * j + role, jnp.int32(SLOTS))  # `role`, as a traced value
+        plgpu.barrier_wait(s.full.at[slot])
+        p_tile, ds_tile = s.p_tile.at[slot], s.ds_tile.at[slot]
         steps = []
         if values:
             steps.append(Product(0, p_tile.T, s.dout_tile.at[:, pl.ds(shift, values)]))
@@ -177,40 +162,23 @@ def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
         ]
         found = multiply_add(zeros, steps, plan.interpret)
         warpgroup_barrier(plan.interpret)
-        plgpu.barrier_arrive(s.freed.at[mine])
+        plgpu.barrier_arrive(s.freed.at[slot])
         plgpu.barrier_arrive(s.query_read, predicate=2 * j + 2 == plan.tiles)
 
-        if role == EVEN:  # the first turn is free
-
-            @pl.when(count > 0)
-            def _():
-                plgpu.barrier_wait(s.turn.at[EVEN])
-
-        else:
-            plgpu.barrier_wait(s.turn.at[ODD])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        warpgroup_barrier(plan.interpret)
         for i, part in enumerate(found):
-            out = s.out_tile.at[:, pl.ds(sum(widths[:i]), widths[i])]
+            out = s.out_tile.at[slot, :, pl.ds(sum(widths[:i]), widths[i])]
             out[...] = part.astype(jnp.bfloat16)
         plgpu.commit_smem()
         target = rows.at[query, pl.ds((2 * j + role) * KEYS, KEYS), columns]
-        plgpu.copy_smem_to_gmem(s.out_tile, target)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        warpgroup_barrier(plan.interpret)
-        plgpu.barrier_arrive(s.turn.at[1 - role])
-        return _after(slot, 2), count + 1
+        plgpu.copy_smem_to_gmem(s.out_tile.at[slot], target)
 
-    def work_item(query, carry):
+    def work_item(query, _):
         plgpu.barrier_wait(s.query_full)
-        return lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), carry)
+        lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), None)
 
-    zero = jnp.int32(0)
-    _, count = _for_each_query(plan, first, work_item, (zero, zero))
-    if role == EVEN:
-
-        @pl.when(count > 0)
-        def _():
-            plgpu.barrier_wait(s.turn.at[EVEN])
-
+    _for_each_query(plan, first, work_item, None)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -281,12 +249,11 @@ def rows_of_queries(first, q, dout, weights, dscores, *, window, sms, interpret=
             "dout_tile": tile(heads, part),
             "p_tile": tile(SLOTS, heads, KEYS),
             "ds_tile": tile(SLOTS, heads, KEYS),
-            "out_tile": tile(KEYS, part),
+            "out_tile": tile(SLOTS, KEYS, part),
             "query_full": [plgpu.Barrier(num_arrivals=n) for n in (1, 2)],
             "query_read": plgpu.Barrier(num_arrivals=2),
-            "full": [plgpu.Barrier(num_arrivals=n, num_barriers=2 * SLOTS) for n in (1, 2)],
+            "full": [plgpu.Barrier(num_arrivals=n, num_barriers=SLOTS) for n in (1, 2)],
             "freed": plgpu.Barrier(num_barriers=SLOTS),
-            "turn": plgpu.Barrier(num_barriers=2),
         },
         grid=(plan.shares, plan.lanes),
         grid_names=("share", "lane"),

@@ -1,127 +1,160 @@
-"""Times the lightning indexer: `python -m benchmarks.indexer scores fused --check --json`."""
+"""Times and checks of the lightning indexer: `python -m benchmarks.ops indexer fused prefill`."""
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import device_time, environment, matmul_rates
+from benchmarks.timing import Timing, device_time
 from pallas_kernels import KeyRange
 from pallas_kernels.lightning_indexer import reference, scores_sm90, selection_sm90
+from pallas_kernels.tiling import WORKSPACE_BYTES
+from tests.pallas_kernels.selection_margin import MARGIN, differences
 
-KEYS = (8192, 32768, 131072)
+TOPK = 2048
+HEADS, WIDTH = 64, 128
+QUERIES = 4096
 
 
-def inputs(queries, keys, heads=64, width=128, dtype=jnp.float8_e4m3fn, seed=0):
+def inputs(queries: int, keys: int, seed: int = 0):
     """Random queries, keys, weights of both signs, causal ranges and key scales."""
     key = jax.random.split(jax.random.key(seed), 4)
-    q = jax.random.normal(key[0], (1, queries, heads, width)).astype(dtype)
-    k = jax.random.normal(key[1], (1, keys, width)).astype(dtype)
-    w = jax.random.normal(key[2], (1, queries, heads)) / heads
+    q = jax.random.normal(key[0], (1, queries, HEADS, WIDTH)).astype(jnp.float8_e4m3fn)
+    k = jax.random.normal(key[1], (1, keys, WIDTH)).astype(jnp.float8_e4m3fn)
+    w = jax.random.normal(key[2], (1, queries, HEADS)) / HEADS
     scale = jax.random.uniform(key[3], (1, keys), minval=0.5, maxval=2.0)
     return q, k, w, KeyRange.causal(1, queries, offset=keys - queries), scale
 
 
-def flop(ranges: KeyRange, heads: int, width: int) -> float:
+def flop(ranges: KeyRange) -> float:
     """Of the matrix product over visible pairs."""
     pairs = np.maximum(np.asarray(ranges.end, np.int64) - np.asarray(ranges.start), 0).sum()
-    return 2.0 * heads * width * float(pairs)
+    return 2.0 * HEADS * WIDTH * float(pairs)
 
 
-def check_scores(fn, q, k, w, ranges, k_scale, rows: int = 64) -> dict[str, float]:
+def exact_scores(pick, q, k, w, ranges, k_scale):
+    """Scores of some queries in fp32, from the same e4m3 inputs.
+
+    The inputs are cast outside of the compiled product: inside it XLA would see e4m3 operands and
+    multiply on the tensor cores, with their rounding.
+    """
+    wide = q[:, pick].astype(jnp.float32), k.astype(jnp.float32)
+    some = KeyRange(ranges.start[:, pick], ranges.end[:, pick])
+    return reference.indexer_scores(*wide, w[:, pick], some, k_scale, workspace_bytes=2**31)
+
+
+def sampled_queries(queries: int, rows: int = 64) -> np.ndarray:
+    """Some queries to compare, ascending."""
+    return np.sort(np.random.default_rng(1).choice(queries, min(rows, queries), replace=False))
+
+
+def poison(shape) -> None:
+    """Leaves NaN in the memory that the next result of this shape is likely to get."""
+    jnp.full(shape, jnp.nan, jnp.float32).block_until_ready().delete()
+
+
+def check_scores(fn, *arguments) -> dict[str, float]:
     """Masks everywhere, values on some rows against fp32, bits over 20 runs."""
-    shape = (q.shape[0], q.shape[1], k.shape[1])
-    jnp.full(shape, jnp.nan, jnp.float32).block_until_ready().delete()  # poison what comes next
-    out = fn(q, k, w, ranges, k_scale)
+    q, k, _, ranges, _ = arguments
+    poison((*q.shape[:2], k.shape[1]))
+    out = fn(*arguments)
 
     @jax.jit
     def mask_errors(out):
-        s = jnp.arange(shape[2], dtype=jnp.int32)
-        seen = (s >= ranges.start[..., None]) & (s < ranges.end[..., None])
+        seen = ranges.mask(k.shape[1])
         return jnp.sum(jnp.where(seen, ~jnp.isfinite(out), out != -jnp.inf))
 
-    pick = np.sort(np.random.default_rng(1).choice(shape[1], min(rows, shape[1]), replace=False))
-    some = KeyRange(ranges.start[:, pick], ranges.end[:, pick])
-    want = np.asarray(
-        reference.indexer_scores(q[:, pick], k, w[:, pick], some, k_scale, workspace_bytes=2**31)
-    )
-    got = np.asarray(out[:, pick])
+    pick = sampled_queries(q.shape[1])
+    want, got = np.asarray(exact_scores(pick, *arguments)), np.asarray(out[:, pick])
     seen = np.isfinite(want)
     x, y = got[seen].astype(np.float64), want[seen].astype(np.float64)
-    same = sum(
-        bool(jnp.array_equal(out.view(jnp.int32), fn(q, k, w, ranges, k_scale).view(jnp.int32)))
-        for _ in range(20)
-    )
+    same = jax.jit(lambda a, b: jnp.array_equal(a.view(jnp.int32), b.view(jnp.int32)))
     return {
         "mask_errors": int(mask_errors(out)),
-        "calc_diff": 1 - 2 * (x @ y) / (x @ x + y @ y),
+        "calc_diff": float(1 - 2 * (x @ y) / (x @ x + y @ y)),
         "relative_error": float(np.linalg.norm(x - y) / np.linalg.norm(y)),
-        "equal_runs": same,
+        "equal_runs": sum(bool(same(out, fn(*arguments))) for _ in range(20)),
     }
 
 
-def scores(queries: int, keys: int, check: bool) -> dict:
-    """The scores kernel."""
-    arguments = inputs(queries, keys)
-    row: dict = {"op": "indexer_scores", "queries": queries, "keys": keys}
-    if check:
-        row |= check_scores(scores_sm90.indexer_scores, *arguments)
-    timing = device_time(scores_sm90.indexer_scores, *arguments)
-    return row | _figures(timing, arguments)
-
-
-def fused(queries: int, keys: int, check: bool) -> dict:
-    """From q, k, w to the selection of 2048 keys, the scores of all queries in one window."""
-    arguments = inputs(queries, keys)
-    select = functools.partial(
-        selection_sm90.lightning_indexer, topk=2048, workspace_bytes=4 * queries * keys
-    )
-    row: dict = {"op": "lightning_indexer", "queries": queries, "keys": keys}
-    if check:
-        found = select(*arguments)
-        ranges = arguments[3]
-        want = reference.select_topk(
-            scores_sm90.indexer_scores(*arguments), ranges, topk=2048, workspace_bytes=2**31
-        )
-        row["wrong_rows"] = int(jnp.sum(jnp.any(found != want, axis=-1)))
-        row["equal_runs"] = sum(bool(jnp.array_equal(found, select(*arguments))) for _ in range(20))
-    return row | _figures(device_time(select, *arguments), arguments)
-
-
-def _figures(timing, arguments) -> dict:
-    ranges = arguments[3]
-    kernels = {name: round(ms, 4) for name, ms in timing.kernels.items() if ms > 0.02}
+def check_selection(select, runs: int, *arguments) -> dict[str, float]:
+    """Against the kernel's own scores, exactly; against fp32 scores, up to a margin; and bits."""
+    q, k, w, ranges, k_scale = arguments
+    queries = q.shape[1]
+    found = select(*arguments)
+    some = slice(None, None, max(1, queries // 4096))  # of a long prefill not all scores fit
+    ranges_of_some = KeyRange(ranges.start[:, some], ranges.end[:, some])
+    scores = scores_sm90.indexer_scores(q[:, some], k, w[:, some], ranges_of_some, k_scale)
+    want = reference.select_topk(scores, ranges_of_some, topk=TOPK, workspace_bytes=2**31)
+    wrong = int(jnp.sum(jnp.any(found[:, some] != want, axis=-1)))
+    del scores, want
+    pick = sampled_queries(queries)
+    exact = exact_scores(pick, *arguments)
+    near = differences(found[:, pick], exact, TOPK, MARGIN["float8_e4m3fn"])
     return {
-        "ms": timing.median_ms,
-        "tflops": timing.tflops(flop(ranges, 64, 128)),
+        "wrong_rows": wrong,
+        "rows_compared": len(range(queries)[some]),
+        "beyond_margin": near.beyond,
+        "changed_keys_a_row": near.changed / len(pick),
+        "equal_runs": sum(bool(jnp.array_equal(found, select(*arguments))) for _ in range(runs)),
+    }
+
+
+def scores(keys: Sequence[int], check: Sequence[int]) -> Iterator[dict]:
+    """The scores kernel: 4096 queries at the end of so many keys."""
+    for count in keys:
+        arguments = inputs(QUERIES, count)
+        row: dict = {"op": "indexer_scores", "queries": QUERIES, "keys": count}
+        if count in check:
+            row |= check_scores(scores_sm90.indexer_scores, *arguments)
+        yield row | figures(device_time(scores_sm90.indexer_scores, *arguments), arguments[3])
+
+
+def fused(
+    keys: Sequence[int],
+    check: Sequence[int],
+    workspaces: Sequence[int] = (WORKSPACE_BYTES, 2**32),
+) -> Iterator[dict]:
+    """From q, k, w to the selection: 4096 queries at the end of so many keys."""
+    for count in keys:
+        arguments = inputs(QUERIES, count)
+        for workspace in workspaces:
+            first = workspace == workspaces[0]
+            if not first and 4 * QUERIES * count <= workspaces[0]:
+                continue  # the same windows
+            row = {"op": "lightning_indexer", "queries": QUERIES, "keys": count}
+            yield row | _selection(arguments, workspace, first and count in check, 20)
+
+
+def prefill(keys: Sequence[int], check: Sequence[int]) -> Iterator[dict]:
+    """A causal prefill in one call: as many queries as keys."""
+    for count in keys:
+        row = {"op": "prefill", "queries": count, "keys": count}
+        yield row | _selection(inputs(count, count), WORKSPACE_BYTES, count in check, 3)
+
+
+def _selection(arguments, workspace: int, check: bool, runs: int) -> dict:
+    options = dict(topk=TOPK, workspace_bytes=workspace)
+    select = functools.partial(selection_sm90.lightning_indexer, **options)
+    compiled = selection_sm90.lightning_indexer.lower(*arguments, **options).compile()
+    row: dict = {"workspace_bytes": workspace}
+    row["temporary_bytes"] = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
+    if check:
+        row |= check_selection(select, runs, *arguments)
+    return row | figures(device_time(select, *arguments, repeats=runs), arguments[3])
+
+
+def figures(timing: Timing, ranges: KeyRange) -> dict:
+    """What a timing says."""
+    kernels = {name: round(ms, 4) for name, ms in timing.kernels.items() if ms > 0.005}
+    return {
+        "ms": round(timing.median_ms, 4),
+        "min_ms": round(timing.min_ms, 4),
+        "max_ms": round(timing.max_ms, 4),
+        "tflops": round(timing.tflops(flop(ranges)), 1),
         "kernels": kernels,
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=["scores", "fused"])
-    parser.add_argument("--queries", type=int, default=4096)
-    parser.add_argument("--keys", type=int, nargs="*", default=KEYS)
-    parser.add_argument("--check", action="store_true", help="against the reference first")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    rates = matmul_rates()
-    print(rates, flush=True)
-    rows = []
-    for what in options.what:
-        for keys in options.keys:
-            row = {"scores": scores, "fused": fused}[what](options.queries, keys, options.check)
-            rows.append(row | {"of_matmul": row["tflops"] / rates["e4m3"]})
-            print(rows[-1], flush=True)
-    if options.json:
-        print(json.dumps({"environment": environment(), "matmul": rates, "rows": rows}))
-
-
-if __name__ == "__main__":
-    main()

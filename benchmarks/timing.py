@@ -1,23 +1,29 @@
 """Device time of a jitted function, cold L2, and the matmul rates to compare it with.
 
-CUPTI times each GPU kernel; launch gaps and host time are not counted. Before each repetition a
-buffer five times the size of the L2 is rewritten, so that every repetition starts cold.
+CUPTI times each GPU kernel; launch gaps and host time are not counted. Between repetitions a buffer
+five times the size of the L2 is rewritten, so that every repetition starts cold, and the GPU rests:
+without that its power limit slows whatever runs for more than some ten milliseconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import functools
 import platform
 import statistics
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
+Runs = list[list[tuple[str, float]]]  # the kernels of each run: name and milliseconds
+
 _FLUSH_BYTES = 256 * 2**20
+_REST_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,31 +40,44 @@ class Timing:
         return flop / self.median_ms / 1e9
 
 
-def _flush(buffer: jax.Array) -> jax.Array:
-    return buffer + 1
+class _Cold(jax.stages.Wrapped):
+    """A call of `fn`, then one that rewrites the L2: two programs, whose kernels keep that order.
+
+    What `fn` returns is not kept; the memory goes back when the device is done with it.
+    """
+
+    def __init__(self, fn: Callable[..., Any]):
+        self.fn = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
+        self.flush = jax.jit(lambda buffer: buffer + 1)
+        self.buffer = jnp.zeros((_FLUSH_BYTES // 4,), jnp.int32)
+
+    def __call__(self, *args):
+        time.sleep(_REST_SECONDS)
+        self.fn(*args)
+        return jax.block_until_ready(self.flush(self.buffer))  # when all before it is
+
+    def trace(self, *args, **kwargs):
+        return self.fn.trace(*args, **kwargs)
+
+    def lower(self, *args, **kwargs):
+        return self.fn.lower(*args, **kwargs)
 
 
 def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing:
     """Times `fn(*args)` on the GPU.
 
     Args:
-        fn: a function of arrays; it is jitted here.
+        fn: a function of arrays; it is jitted here unless it is already.
         *args: its inputs, already on the device.
-        repeats: how many cold runs to take the median of.
+        repeats: how many cold runs to take the median of; at least 2.
     """
-    buffer = jnp.zeros((_FLUSH_BYTES // 4,), jnp.int32)
-    flush = jax.jit(_flush)
-    flush_kernels = len(_one_run(flush, buffer))
-
-    @jax.jit
-    def cold(buffer, args):
-        # The barrier makes the op's inputs depend on the flush, so the flush's kernels come first.
-        flushed, args = jax.lax.optimization_barrier((_flush(buffer), args))
-        return fn(*args), flushed
-
+    cold = _Cold(fn)
+    names = [name for name, _ in _kernels(cold.flush, cold.buffer)[0]]
     runs = []
-    for _ in range(repeats):
-        runs.append(_one_run(cold, buffer, args)[flush_kernels:])
+    for run in _kernels(cold, *args, repeats=repeats):
+        if [name for name, _ in run[-len(names) :]] != names:
+            raise RuntimeError(f"the flush did not run last: {[name for name, _ in run]}")
+        runs.append(run[: -len(names)])
     totals = [sum(ms for _, ms in run) for run in runs]
     shares: dict[str, list[float]] = {}
     for run in runs:
@@ -71,33 +90,36 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
     return Timing(statistics.median(totals), min(totals), max(totals), kernels)
 
 
-def _one_run(fn: Callable[..., Any], *args: Any) -> list[tuple[str, float]]:
-    _, timings = profiler.measure(fn, aggregate=False)(*args)
+def _kernels(fn: Callable[..., Any], *args: Any, repeats: int = 2) -> Runs:
+    """What CUPTI saw of each of so many calls, at least 2, after one to warm up."""
+    _, timings = profiler.measure(fn, aggregate=False, iterations=repeats)(*args)
     if timings is None:
         raise RuntimeError("CUPTI saw no kernel: device_time needs an NVIDIA GPU")
-    return timings
+    return cast(Runs, timings)
 
 
 def matmul_rates(size: int = 8192) -> dict[str, float]:
     """TFLOP/s of a square bf16 and e4m3 matmul through XLA's library calls, on random data."""
-    rng = np.random.default_rng(0)
-    a, b = (jnp.asarray(rng.standard_normal((size, size)), jnp.float32) for _ in range(2))
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (size, size)) for key in keys)
+
+    # Without Triton's candidates, which never win at this size and take half a minute to compile.
+    @functools.partial(jax.jit, compiler_options={"xla_gpu_enable_triton_gemm": False})
+    def matmul(x, y):
+        # Row-major times column-major: the layout both library calls take without a transpose.
+        return jnp.einsum("mk,nk->mn", x, y, preferred_element_type=jnp.bfloat16)
+
     rates = {}
     for name, dtype in (("bf16", jnp.bfloat16), ("e4m3", jnp.float8_e4m3fn)):
-        x, y = a.astype(dtype), b.astype(dtype)
-
-        def matmul(x, y):
-            # Row-major times column-major: the layout both library calls take without a transpose.
-            return jnp.einsum("mk,nk->mn", x, y, preferred_element_type=jnp.bfloat16)
-
-        rates[name] = device_time(matmul, x, y).tflops(2 * size**3)
+        rates[name] = device_time(matmul, a.astype(dtype), b.astype(dtype)).tflops(2 * size**3)
     return rates
 
 
 def environment() -> dict[str, str]:
-    """What a reader needs to place a figure: GPU, versions."""
+    """What a reader needs to place a figure: day, GPU, versions."""
     device = jax.devices()[0]
     return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "gpu": device.device_kind,
         "jax": jax.__version__,
         "python": platform.python_version(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -15,7 +14,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.linear import float_param_dtype
 from dsa_jax.mla import MLA, Mode, Rows
 from dsa_jax.moe import MoE, SwiGLU
-from dsa_jax.norms import RMSNorm
+from dsa_jax.norms import RMSNorm, round_to
 from dsa_jax.plan import LayerKind
 from pallas_kernels import Selection
 
@@ -67,6 +66,7 @@ class Block(nnx.Module):
                 eps=config.rms_norm_eps,
                 dtype=dtype,
                 param_dtype=float_param_dtype(param_dtype),
+                round_first=config.numerics.round_norm,
             )
 
         options: dict[str, Any] = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
@@ -104,8 +104,6 @@ class Block(nnx.Module):
         )
 
     def _add(self, h: Array, update: Array) -> Array:
-        # The rounded sum is the residual, as DeepSeek stores it; the norm has read h itself. Not a
-        # pair of casts: XLA may drop those for the sake of "excess precision".
-        bits = jnp.finfo(self.dtype)
-        residual = jax.lax.reduce_precision(h.astype(jnp.float32), bits.nexp, bits.nmant)
+        # The rounded sum is the residual, as DeepSeek stores it; the norm has read h itself.
+        residual = round_to(h.astype(jnp.float32), self.dtype)
         return (residual + update.astype(jnp.float32)).astype(h.dtype)

@@ -1,36 +1,20 @@
-"""Models on disk: one folder with `config.json` and one leaf per parameter and layer.
+"""Models on disk: `save` and `load`.
 
-    path/config.json            the architecture, as in Hugging Face's, numerics included
-    path/params/                an Orbax checkpoint: embedding..., layers/0/..., layers/1/...
-
-In memory the layers of one kind are stacked so that they can be scanned; `dsa_jax.layer_tree`
-leads from one shape to the other.
-
-A folder is written under another name and renamed when it is whole, so what loads is complete: a
-crash, a full disk or a kill leave nothing at the path itself. Everything that needs Orbax's
-experimental interface is in this file.
+A folder has `config.json` and one leaf per parameter and layer (`dsa_jax.store`). In memory the
+layers of one kind are stacked so that they can be scanned; `dsa_jax.layer_tree` leads from one
+shape to the other.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
-import shutil
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
 
@@ -43,105 +27,34 @@ from dsa_jax.layer_tree import (
     leaf_places,
     name_difference,
     nest,
+    scale_path,
     unflatten,
 )
-from dsa_jax.quantization import E4M3
+from dsa_jax.mtp import MTP
+from dsa_jax.quantization import E4M3, weight_dequant
 from dsa_jax.sharding import Rules, param_specs, shardings
+from dsa_jax.store import CheckpointError, CheckpointReader, CheckpointWriter, load_config
 from dsa_jax.transformer import Transformer
 
-# Larger leaves are stored in chunks of at most this many bytes, so that a device that needs a slice
-# of a leaf does not read all of it.
-_CHUNK_BYTES = 64 * 2**20
+__all__ = [
+    "CheckpointError",
+    "CheckpointReader",
+    "CheckpointWriter",
+    "abstract_model",
+    "load",
+    "load_config",
+    "load_mtp",
+    "save",
+]
+
 # Leaves are copied out of their stacks and written, or read and stacked, in groups of about this
 # many bytes: the memory needed beyond the model.
 _GROUP_BYTES = 2**30
 
 
-class CheckpointError(ValueError):
-    """A folder that is not a whole checkpoint of this package; the message says what is wrong."""
-
-
-# --- writing --------------------------------------------------------------------------------------
-
-
-class CheckpointWriter:
-    """Writes a checkpoint piece by piece; it appears at `path` only when the block ends well.
-
-    Every process of a run opens one and writes the same pieces, each storing the part its devices
-    hold. A piece is some leaves of the tree on disk, each written once:
-
-        with CheckpointWriter(path, config) as writer:
-            for i in range(config.num_hidden_layers):
-                writer.write({"layers": {str(i): ...}})
-
-    Args:
-        path: the folder to make; refused if anything is there.
-        config: the model's, stored as `config.json`.
-
-    Raises:
-        FileExistsError: `path` exists.
-        CheckpointError: writing failed (a full disk, say); nothing is at `path`, and what was
-            there before anywhere is untouched.
-    """
-
-    def __init__(self, path: str | Path, config: ModelConfig):
-        self.path = _local(path)
-        self._config = config
-
-    def __enter__(self) -> Self:
-        if self.path.exists():
-            raise FileExistsError(f"{self.path} exists; choose another path or remove it first")
-        token = secrets.randbits(32)
-        if jax.process_count() > 1:
-            token = int(multihost_utils.broadcast_one_to_all(np.uint32(token)))
-        self._folder = self.path.with_name(f"{self.path.name}.writing-{token:08x}")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"could not save to {self.path}: {error}") from error
-        return self
-
-    def write(self, tree: Mapping[str, Any]) -> None:
-        """Writes some leaves: nested dictionaries of `jax.Array` or `numpy.ndarray`."""
-        try:
-            with _orbax():
-                ocp.partial.save(str(self._folder / "params"), dict(tree))
-        except Exception as error:
-            raise self._failed(error) from error
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-                return
-        except Exception as failure:
-            _remove(self._folder)
-            raise self._failed(failure) from failure
-        _remove(self._folder)
-
-    def _finish(self) -> None:
-        with _orbax():
-            ocp.partial.finalize(str(self._folder / "params"))
-        if jax.process_index() == 0:
-            with open(self._folder / "config.json", "w", encoding="utf-8") as file:
-                json.dump(self._config.to_hf(), file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(self._folder, self.path)
-            _sync_folder(self.path.parent)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"dsa_jax.checkpoint {self._folder.name}")
-
-    def _failed(self, error: Exception) -> CheckpointError:
-        return CheckpointError(f"could not save to {self.path}, nothing is there: {_line(error)}")
-
-
-def save(model: Any, path: str | Path, *, config: ModelConfig | None = None) -> None:
+def save(
+    model: Any, path: str | Path, *, config: ModelConfig | None = None, mtp: Sequence[MTP] = ()
+) -> None:
     """Writes a model's parameters and config to a new folder.
 
     Needs about 1 GiB beyond the model: layers are copied out of their stacks in groups.
@@ -150,6 +63,7 @@ def save(model: Any, path: str | Path, *, config: ModelConfig | None = None) -> 
         model: a `Transformer`, or a tree of its parameters (then give `config`).
         path: the folder to make; refused if anything is there.
         config: the model's. None: `model.config`.
+        mtp: multi-token-prediction layers to go with it, from `load_mtp`.
 
     Raises:
         FileExistsError: `path` exists.
@@ -167,6 +81,8 @@ def save(model: Any, path: str | Path, *, config: ModelConfig | None = None) -> 
     with CheckpointWriter(path, config) as writer:
         for group in _groups(leaf_places(flat, config), nbytes):
             writer.write(nest(_rows(flat, group)))
+        for number, layer in enumerate(mtp):
+            writer.write({"mtp": {str(number): nest(flatten(layer))}})
 
 
 def _rows(flat: Mapping[KeyPath, Any], group: list[LeafPlace]) -> dict[KeyPath, Any]:
@@ -208,29 +124,6 @@ def _groups[Item](items: Iterable[Item], nbytes: Callable[[Item], int]) -> Itera
         yield group
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
-def load_config(path: str | Path) -> ModelConfig:
-    """The config of a checkpoint.
-
-    Raises:
-        FileNotFoundError: nothing at `path`.
-        CheckpointError: no checkpoint, or an unreadable config.
-    """
-    path = _local(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: it does not exist")
-    if not (path / "config.json").is_file() or not (path / "params").is_dir():
-        raise CheckpointError(
-            f"{path} is not a checkpoint of dsa_jax: it needs config.json and a folder params"
-        )
-    try:
-        return ModelConfig.from_hf(path)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
 def load(
     path: str | Path,
     mesh: Mesh | None = None,
@@ -249,34 +142,108 @@ def load(
         mesh: from `dsa_jax.sharding.make_mesh`. None: everything on the default device.
         rules: how parameters spread over the mesh; None is `Rules()`.
         dtype: the compute dtype.
-        param_dtype: the parameters'; None: as stored.
+        param_dtype: the parameters'; None: as stored. Weights stored in FP8 are multiplied by their
+            block scales on the way if it is another type.
 
     Raises:
         FileNotFoundError: nothing at `path`.
         CheckpointError: no checkpoint, parameters that do not fit its config (missing, left over,
             of another shape), or damaged files; names the path and the leaf.
     """
-    path = _local(path)
-    config = load_config(path)
-    stored = _stored_leaves(path)
-    kept = _param_dtype(path, stored)
-    param_dtype = kept if param_dtype is None else jnp.dtype(param_dtype)
-    if kept != param_dtype and E4M3 in (kept, param_dtype):
+    reader = CheckpointReader(path)
+
+    def make(param_dtype: DTypeLike) -> Transformer:
+        return Transformer(reader.config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+
+    stored = {name: leaf for name, leaf in reader.leaves.items() if name[0] != "mtp"}
+    return _load(reader, stored, make, mesh, rules, param_dtype, ())
+
+
+def load_mtp(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    *,
+    number: int = 0,
+    rules: Rules | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    param_dtype: DTypeLike | None = None,
+) -> MTP:
+    """Reads a multi-token-prediction layer, which `load` leaves out.
+
+    Args:
+        path: as for `load`, as are the others.
+        mesh: where to.
+        number: which, of `config.num_nextn_predict_layers`.
+        rules: how parameters spread over the mesh.
+        dtype: the compute dtype.
+        param_dtype: the parameters'; None: as stored.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        CheckpointError: as for `load`, and where there is no such layer.
+    """
+    reader = CheckpointReader(path)
+    prefix = ("mtp", str(number))
+    stored = {name: leaf for name, leaf in reader.leaves.items() if name[:2] == prefix}
+    if not stored:
+        raise CheckpointError(f"{path} holds no multi-token-prediction layer {number}")
+
+    def make(param_dtype: DTypeLike) -> MTP:
+        return MTP(reader.config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+
+    return _load(reader, stored, make, mesh, rules, param_dtype, prefix)
+
+
+def _load[Model](
+    reader: CheckpointReader,
+    stored: Mapping[KeyPath, jax.ShapeDtypeStruct],
+    make: Callable[[DTypeLike], Model],
+    mesh: Mesh | None,
+    rules: Rules | None,
+    param_dtype: DTypeLike | None,
+    prefix: KeyPath,
+) -> Model:
+    kept = _param_dtype(reader.path, stored)
+    asked = kept if param_dtype is None else jnp.dtype(param_dtype)
+    if asked == E4M3 != kept:
         raise CheckpointError(
-            f"{path} stores {kept} weights, which a cast cannot turn into {param_dtype}: weights "
+            f"{reader.path} stores {kept} weights, which a cast cannot turn into {asked}: weights "
             "in FP8 have scales. Leave param_dtype out, or convert the checkpoint first"
         )
-    like = abstract_model(config, mesh, rules=rules, dtype=dtype, param_dtype=param_dtype)
+    like = _abstract(lambda: make(asked), mesh, rules)
     wanted = flatten(like)
-    places = leaf_places(wanted, config)
-    _compare(path, places, wanted, stored)
+    if kept == E4M3 != asked:
+        in_fp8 = flatten(_abstract(lambda: make(E4M3), mesh, rules))
+        wanted |= {m: x for m, x in in_fp8.items() if x.dtype == E4M3 or m not in wanted}
+    places = [p._replace(disk=(*prefix, *p.disk)) for p in leaf_places(wanted, reader.config)]
+    _compare(reader.path, places, wanted, stored)
     leaves: dict[KeyPath, jax.Array] = {}
     for group in _groups(by_memory(places).items(), lambda item: _nbytes(wanted[item[0]])):
-        read = _read(path, {p.disk: _target(wanted[m], p) for m, rows in group for p in rows})
+        read = reader.read({p.disk: _target(wanted[m], p) for m, rows in group for p in rows})
         leaves |= {m: read.pop(rows[0].disk) for m, rows in group if rows[0].row is None}
         parts = {m: [read[p.disk] for p in rows] for m, rows in group if m not in leaves}
         leaves |= _stack(parts, {m: wanted[m] for m in parts})
+    if kept == E4M3 != asked:
+        _dequantize(leaves, flatten(like), reader.config)
     return unflatten(leaves, like)
+
+
+def _dequantize(
+    leaves: dict[KeyPath, jax.Array],
+    wanted: Mapping[KeyPath, jax.ShapeDtypeStruct],
+    config: ModelConfig,
+) -> None:
+    """Replaces FP8 weights and their scales by their product, one at a time."""
+    assert config.fp8_weights is not None
+    tile = config.fp8_weights.tile
+    for name in [name for name, leaf in leaves.items() if leaf.dtype == E4M3]:
+        q, scale = leaves.pop(name), leaves.pop(scale_path(name))
+        like = wanted[name]
+        product = jax.jit(
+            lambda q, scale, dtype=like.dtype: weight_dequant(q, scale, tile, dtype),
+            out_shardings=like.sharding,
+        )
+        leaves[name] = product(q, scale)
 
 
 def abstract_model(
@@ -288,9 +255,15 @@ def abstract_model(
     param_dtype: DTypeLike = jnp.float32,
 ) -> Transformer:
     """A model of shapes: `jax.ShapeDtypeStruct` leaves that carry the sharding they shall get."""
-    like = jax.eval_shape(
-        lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+    return _abstract(
+        lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype),
+        mesh,
+        rules,
     )
+
+
+def _abstract[Model](make: Callable[[], Model], mesh: Mesh | None, rules: Rules | None) -> Model:
+    like = jax.eval_shape(make)
     if mesh is None:
         place = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), like)
     else:
@@ -316,30 +289,6 @@ def _stack(
     where = {memory: target.sharding for memory, target in targets.items()}
     stack = jax.jit(lambda parts: {m: jnp.stack(p) for m, p in parts.items()}, out_shardings=where)
     return stack(parts)
-
-
-def _read(path: Path, targets: Mapping[KeyPath, jax.ShapeDtypeStruct]) -> dict[KeyPath, jax.Array]:
-    try:
-        with _orbax():
-            return flatten(ocp.load(str(path / "params"), nest(targets)))
-    except Exception as error:
-        if len(targets) > 1:  # find the one that is damaged
-            for name, target in targets.items():
-                _read(path, {name: target})
-        raise CheckpointError(
-            f"{path} is damaged: could not read {'/'.join(next(iter(targets)))}: {_line(error)}"
-        ) from error
-
-
-def _stored_leaves(path: Path) -> dict[KeyPath, Any]:
-    """Shape and dtype of each leaf on disk."""
-    try:
-        with _orbax():
-            return flatten(ocp.metadata(str(path / "params")).metadata)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is damaged: could not read the list of parameters: {_line(error)}"
-        ) from error
 
 
 def _param_dtype(path: Path, stored: Mapping[KeyPath, Any]) -> jnp.dtype:
@@ -370,57 +319,3 @@ def _compare(
                 f"{path}: {'/'.join(place.disk)} has shape {found}, but its config.json asks for "
                 f"{shape}; the parameters are of another config"
             )
-
-
-# --- small things ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def _orbax() -> Iterator[None]:
-    """Orbax with our options, and quiet about things that are as they should be."""
-    context = ocp.Context()
-    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    context.pytree.loading.partial_load = True
-    with warnings.catch_warnings(), context:
-        warnings.filterwarnings("ignore", module="orbax")
-        yield
-
-
-def _local(path: str | Path) -> Path:
-    if "://" in str(path):
-        raise ValueError(
-            f"checkpoint path {path}: only file systems that can rename a folder are supported; "
-            "mount the bucket or copy from a local path"
-        )
-    return Path(path).absolute()
-
-
-def _remove(folder: Path) -> None:
-    """Removes what a failed save has written.
-
-    When one of Orbax's writes fails, others may still be under way, and make the folder anew.
-    """
-    if jax.process_index() != 0:
-        return
-    quiet = 0
-    for _ in range(100):
-        quiet = 0 if folder.exists() else quiet + 1
-        if quiet == 5:
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.05)
-
-
-def _sync_folder(path: Path) -> None:
-    """Makes a rename in `path` survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _line(error: BaseException) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."

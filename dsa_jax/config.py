@@ -119,9 +119,26 @@ class Numerics:
     # Round the residual sum to the compute dtype before the norm reads it (transformers does;
     # DeepSeek's fused add-norm reads the fp32 sum). Halves the bytes kept per layer boundary.
     round_residual: bool = False
+    # The four below are transformers' too, and change nothing in fp32.
+    # Round the normalised value before the norm's weight multiplies it.
+    round_norm: bool = False
+    # Round cosine and sine, and every product with them.
+    round_rotation: bool = False
+    # Round silu(gate) before `up` multiplies it.
+    round_swiglu: bool = False
+    # Round the routed experts' sum before the shared expert is added.
+    round_experts: bool = False
+    # Added to the sum that the chosen experts' weights are divided by (transformers: 1e-20). 0 is
+    # DeepSeek's own, which divides 0 by 0 where all chosen affinities underflow.
+    gate_epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of(self, "scale_format", ("ue8m0", "float"))
+        if not 0 <= self.gate_epsilon < 1:
+            raise ValueError(
+                f"Numerics.gate_epsilon={self.gate_epsilon} must be a small number: 0 as in "
+                "DeepSeek's code, 1e-20 as in transformers"
+            )
         if self.indexer_loss_fp8 and not self.indexer_fp8:
             raise ValueError(
                 "Numerics.indexer_loss_fp8=True needs indexer_fp8=True: the loss would see a "
@@ -133,6 +150,21 @@ class Numerics:
         """The numerics of DeepSeek's own inference code since 17 November 2025."""
         return cls(
             indexer_fp8=True, indexer_hadamard=True, kv_latent_fp8=True, scale_format=scale_format
+        )
+
+    @classmethod
+    def transformers(cls) -> Numerics:
+        """The numerics of Hugging Face transformers: nothing in FP8, more roundings to bf16.
+
+        Goes with `ModelConfig.latent_norm_eps=1e-6`.
+        """
+        return cls(
+            round_residual=True,
+            round_norm=True,
+            round_rotation=True,
+            round_swiglu=True,
+            round_experts=True,
+            gate_epsilon=1e-20,
         )
 
 
@@ -184,6 +216,9 @@ class ModelConfig:
     rope_scaling: Yarn | None = None
     rms_norm_eps: float = 1e-6
     index_norm_eps: float = 1e-6  # the LayerNorm of the indexer's keys
+    # The norms of the two latents. None: rms_norm_eps, as serving engines do; transformers has 1e-6
+    # whatever the checkpoint says, which differs for GLM-5.
+    latent_norm_eps: float | None = None
     tie_word_embeddings: bool = False
     num_nextn_predict_layers: int = 0  # multi-token-prediction layers in the checkpoint
     initializer_range: float = 0.02  # standard deviation of fresh weights
@@ -305,6 +340,8 @@ def _check_sizes(c: ModelConfig) -> None:
     )
     _positive_int(c, "first_k_dense_replace", "num_nextn_predict_layers", least=0)
     _positive(c, "rope_theta", "rms_norm_eps", "index_norm_eps", "initializer_range")
+    if c.latent_norm_eps is not None:
+        _positive(c, "latent_norm_eps")
     if c.model_type not in MODEL_TYPES:
         raise ValueError(
             f"ModelConfig.model_type={c.model_type!r} is not one this package builds: "

@@ -190,8 +190,9 @@ def _what_hf_cannot_say(c: ModelConfig) -> dict[str, Any]:
     }
     if numerics:
         ours["numerics"] = numerics
-    if c.index_norm_eps != _default("index_norm_eps"):
-        ours["index_norm_eps"] = c.index_norm_eps
+    for name in ("index_norm_eps", "latent_norm_eps"):
+        if getattr(c, name) != _default(name):
+            ours[name] = getattr(c, name)
     return ours
 
 

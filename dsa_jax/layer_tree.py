@@ -114,6 +114,12 @@ def nest(leaves: Mapping[KeyPath, Any]) -> dict[str, Any]:
     return tree
 
 
+def scale_path(path: KeyPath) -> KeyPath:
+    """The path of the block scales of a weight in FP8."""
+    *parents, last = path
+    return (*parents, "scale" if last == "weight" else f"{last}_scale")
+
+
 def _strings(path: Any) -> KeyPath:
     return tuple(path_name(path).split("/"))
 

@@ -190,7 +190,13 @@ class MLA(nnx.Module):
 
         def norm(width: int) -> RMSNorm:
             weights = float_param_dtype(param_dtype)
-            return RMSNorm(width, eps=config.rms_norm_eps, dtype=dtype, param_dtype=weights)
+            return RMSNorm(
+                width,
+                eps=config.latent_norm_eps or config.rms_norm_eps,
+                dtype=dtype,
+                param_dtype=weights,
+                round_first=config.numerics.round_norm,
+            )
 
         self.q_a_proj = linear(D, config.q_lora_rank)
         self.q_a_layernorm = norm(config.q_lora_rank)

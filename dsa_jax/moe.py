@@ -17,13 +17,18 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from dsa_jax.config import ModelConfig
 from dsa_jax.grouped_matmul import grouped_matmul
 from dsa_jax.linear import Linear, float_param_dtype
+from dsa_jax.norms import round_to
 from dsa_jax.quantization import E4M3, round_trip, weight_dequant, weight_quant
 
 
-def gate_product(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """`silu(gate) * up`, in fp32, rounded once."""
-    product = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-    return product.astype(gate.dtype)
+def gate_product(
+    gate: Float[Array, "*B F"], up: Float[Array, "*B F"], *, round_first: bool = False
+) -> Float[Array, "*B F"]:
+    """`silu(gate) * up`, in fp32, rounded once; with `round_first`, `silu(gate)` is rounded too."""
+    activated = jax.nn.silu(gate.astype(jnp.float32))
+    if round_first:
+        activated = round_to(activated, gate.dtype)
+    return (activated * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 class Routing(NamedTuple):
@@ -58,7 +63,7 @@ def route(
     _, experts = jax.lax.top_k(choice, config.num_experts_per_tok)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdims=True)
+        weights = weights / (weights.sum(-1, keepdims=True) + config.numerics.gate_epsilon)
     return Routing(experts, weights * config.routed_scaling_factor)
 
 
@@ -88,10 +93,12 @@ class SwiGLU(nnx.Module):
         self.gate_proj = linear(config.hidden_size, width)
         self.up_proj = linear(config.hidden_size, width)
         self.down_proj = linear(width, config.hidden_size)
+        self.round_first = config.numerics.round_swiglu
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Maps the last axis."""
-        return self.down_proj(gate_product(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(gate_product(gate, up, round_first=self.round_first))
 
 
 class Router(nnx.Module):
@@ -132,6 +139,7 @@ class Experts(nnx.Module):
         E, D, F = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.dtype = jnp.dtype(dtype)
         self.fp8 = config.fp8_weights if jnp.dtype(param_dtype) == E4M3 else None
+        self.round_first = config.numerics.round_swiglu
         shapes = {"gate_proj": (E, D, F), "up_proj": (E, D, F), "down_proj": (E, F, D)}
         for name, shape in shapes.items():
             w = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
@@ -156,7 +164,8 @@ class Experts(nnx.Module):
         """SwiGLU of every row by its expert; rows sorted by expert."""
         gate = self._matmul("gate_proj", x, group_sizes)
         up = self._matmul("up_proj", x, group_sizes)
-        return self._matmul("down_proj", gate_product(gate, up), group_sizes)
+        hidden = gate_product(gate, up, round_first=self.round_first)
+        return self._matmul("down_proj", hidden, group_sizes)
 
 
 def dispatch(routing: Routing, experts: int) -> tuple[Array, Array, Array]:
@@ -213,6 +222,8 @@ class MoE(nnx.Module):
         token, row, group_sizes = dispatch(routing, self.config.n_routed_experts)
         out = self.experts(flat[token], group_sizes)[row].astype(jnp.float32)
         out = (out * routing.weights[..., None]).sum(axis=1)
+        if self.config.numerics.round_experts:
+            out = round_to(out, x.dtype)
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat).astype(jnp.float32)
         load = jnp.zeros((self.config.n_routed_experts,), jnp.float32)

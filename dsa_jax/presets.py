@@ -200,7 +200,7 @@ def _demo() -> ModelConfig:
         routed_scaling_factor=1.0,
         index_n_heads=4,
         index_head_dim=32,
-        index_topk=8,
+        index_topk=16,
         max_position_embeddings=512,
     )
 

@@ -15,10 +15,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.config import ModelConfig, Yarn, yarn_mscale
+from dsa_jax.norms import round_to
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every position's angles, fp32; one pair of columns each."""
+    """Cosine and sine of every position's angles; one pair of columns each.
+
+    In fp32, or in a lower precision that the products with them are then rounded to as well.
+    """
 
     cos: Float[Array, "B T R/2"]
     sin: Float[Array, "B T R/2"]
@@ -80,7 +84,11 @@ def rotate(
         a, b = wide[..., 0::2], wide[..., 1::2]
     else:
         a, b = jnp.split(wide, 2, axis=-1)
-    a, b = a * cos - b * sin, a * sin + b * cos
+
+    def times(y: Array, factor: Array) -> Array:
+        return round_to(y * factor.astype(jnp.float32), turn.cos.dtype)
+
+    a, b = times(a, cos) - times(b, sin), times(a, sin) + times(b, cos)
     if interleaved:
         out = jnp.stack([a, b], axis=-1).reshape(x.shape)
     else:

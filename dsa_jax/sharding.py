@@ -180,6 +180,8 @@ _LETTERS = tuple(field.name for field in dataclasses.fields(Rules))
 PARAMETERS: tuple[tuple[str, str], ...] = (
     ("embed_tokens/weight", "W D"),
     ("lm_head/weight", "D W"),
+    ("shared_head/head/weight", "D W"),
+    ("eh_proj/weight", "D _"),
     ("*norm/weight", "_"),
     ("indexer/k_norm/bias", "_"),
     ("indexer/wq_b/weight", "Q _"),

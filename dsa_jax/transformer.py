@@ -25,7 +25,7 @@ from dsa_jax.linear import float_param_dtype
 from dsa_jax.mla import SELECTION_NAME, Attention, AttentionState, IndexerLoss, Mode, Rows
 from dsa_jax.norms import RMSNorm
 from dsa_jax.plan import StackPlan, layer_plan
-from dsa_jax.rope import rotation
+from dsa_jax.rope import Rotation, rotation
 from pallas_kernels import KeyRange, Selection
 
 Selector = Callable[[AttentionState], Selection]
@@ -148,7 +148,11 @@ class Transformer(nnx.Module):
             ]
         )
         self.norm = RMSNorm(
-            D, eps=config.rms_norm_eps, dtype=dtype, param_dtype=float_param_dtype(param_dtype)
+            D,
+            eps=config.rms_norm_eps,
+            dtype=dtype,
+            param_dtype=float_param_dtype(param_dtype),
+            round_first=config.numerics.round_norm,
         )
         self.lm_head = (
             None
@@ -193,7 +197,7 @@ class Transformer(nnx.Module):
         select = select and (self.config.has_indexer or selector is not None)
         mode = Mode(attention, indexer_loss, selector, probe, select)
         self._check(tokens, positions, segment_ids, cache, mode, return_selection)
-        rows = self._rows(tokens, positions, segment_ids, cache)
+        rows = self.rows(tokens, positions, segment_ids, cache)
         h = jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(self.dtype)
         h = h.astype(residual_dtype(self.config, self.dtype))
         h, caches, made = self._layers(h, rows, mode, cache)
@@ -255,13 +259,14 @@ class Transformer(nnx.Module):
                 )
             check_room(cache, *tokens.shape)
 
-    def _rows(
+    def rows(
         self,
-        tokens: Array,
-        positions: Array | None,
-        segment_ids: Array | None,
-        cache: Cache | None,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
     ) -> Rows:
+        """Where the tokens stand, for running blocks one by one; arguments as for a call."""
         batch, queries = tokens.shape
         valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
         lengths = None
@@ -279,7 +284,10 @@ class Transformer(nnx.Module):
         if positions is None:
             positions = jnp.arange(queries, dtype=jnp.int32)[None] - first
             positions = jnp.broadcast_to(positions, tokens.shape)
-        return Rows(rotation(self.config, positions), ranges, valid, lengths)
+        turn = rotation(self.config, positions)
+        if self.config.numerics.round_rotation:
+            turn = Rotation(*(x.astype(self.dtype) for x in turn))
+        return Rows(turn, ranges, valid, lengths)
 
     def _layers(
         self, h: Array, rows: Rows, mode: Mode, cache: Cache | None

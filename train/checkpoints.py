@@ -105,6 +105,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, model: ModelConfig, keep: int | None = None):
         self.folder = folder.absolute()
+        self._has_failed = False
         self._to_layers = jax.jit(lambda params: split_layers(nested(params), model))
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for item in ("params", "optimizer"):
@@ -136,6 +137,7 @@ class Checkpoints:
         Raises:
             SaveError: this save cannot begin, or the one before it failed.
         """
+        self.wait()  # Orbax would too; first, for what the one before takes is not free
         self._check_space(step, state)
         arguments = ocp.args.Composite(
             params=ocp.args.StandardSave(self._to_layers(state.params)),  # pyright: ignore
@@ -171,7 +173,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Frees the manager's threads; call `wait` before."""
-        self.manager.close()
+        try:
+            self.manager.close()
+        except Exception:
+            if not self._has_failed:  # else it repeats what a SaveError has said
+                raise
 
     def record(self, step: int) -> RunRecord:
         """The JSON part of a step."""
@@ -244,11 +250,14 @@ class Checkpoints:
             )
 
     def _failed(self, what: str, error: Exception | None) -> SaveError:
+        self._has_failed = True
         if jax.process_index() == 0:  # room for others; what is missed goes at the next start
             for draft in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(draft, ignore_errors=True)
         because = f" ({_cause(error)})" if error else ""
-        last = f"step {self.latest} is whole" if self.latest is not None else "none is whole yet"
+        # From the disk: the manager counts a step as soon as its save begins.
+        whole = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+        last = f"step {max(whole)} is whole" if whole else "none is whole yet"
         return SaveError(
             f"checkpoint: {what}{because}. {last} in {self.folder}: make room, or move the folder "
             "to another disk, then run the same command to go on from it"

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import KeyRange, lightning_indexer, sparse_attention
 
@@ -154,13 +155,16 @@ def measure(
 
 
 def _measure_one(shape: LayerShape, position: int, tokens: int, repeats: int) -> Measurement:
-    keys = iter(jax.random.split(jax.random.key(position), 5))
+    rng = np.random.default_rng(position)  # NumPy's: JAX would compile a program for each shape
+
+    def normal(*dims: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(dims, np.float32))
+
     row = shape.latent + shape.rotary
-    q = jax.random.normal(next(keys), (tokens, 1, shape.heads, row))
-    kv = jax.random.normal(next(keys), (tokens, position, row))
-    index_q = jax.random.normal(next(keys), (tokens, 1, shape.indexer_heads, shape.indexer_width))
-    index_k = jax.random.normal(next(keys), (tokens, position, shape.indexer_width))
-    index_w = jax.random.normal(next(keys), (tokens, 1, shape.indexer_heads))
+    q, kv = normal(tokens, 1, shape.heads, row), normal(tokens, position, row)
+    index_q = normal(tokens, 1, shape.indexer_heads, shape.indexer_width)
+    index_k = normal(tokens, position, shape.indexer_width)
+    index_w = normal(tokens, 1, shape.indexer_heads)
     ranges = KeyRange.causal(tokens, 1, offset=position - 1)
     scale = row**-0.5
 

@@ -8,6 +8,7 @@ ordinary `train.loop.train` run, so an interrupted demo goes on where it stopped
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -15,7 +16,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,7 +104,8 @@ def run(config: DemoConfig, console: Console) -> Path:
         highlight=False,
     )
     seeds = range(config.seed, config.seed + config.seeds)
-    runs = [_Seed(preset, folder, text, seed, console).run() for seed in seeds]
+    with _quick_compiles() if preset.quick_compiles else contextlib.nullcontext():
+        runs = [_Seed(preset, folder, text, seed, console).run() for seed in seeds]
     results = _results(config, name, preset, text, runs)
     results["cost"] = _measure_cost(preset, console)
     _write_json(folder / "results.json", results)
@@ -114,6 +116,17 @@ def run(config: DemoConfig, console: Console) -> Path:
     console.print(report.sample_text(results["sample"]))
     _say_where(console, path, folder, results)
     return folder
+
+
+@contextlib.contextmanager
+def _quick_compiles() -> Iterator[None]:
+    """Two dozen programs that run for milliseconds each are not worth the compiler's best."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def claim_folder(output: Path, settings: Mapping[str, Any]) -> Path:
@@ -255,7 +268,7 @@ class _Seed:
         others[topk] = {rung.name: first[rung.name] for rung in sweep}
         picture = ladder.snapshot(models[ladder.SPARSE], short[len(short) // 2])
         np.savez_compressed(self.folder / "selection.npz", **picture)  # pyright: ignore
-        difference = ladder.largest_difference(first["warmed_all"], first["dense"])
+        same = first["warmed_all"], first["dense"]
         return {
             "ladder": ladder.summarise(first, short),
             "long_ladder": ladder.summarise(second, long),
@@ -264,7 +277,10 @@ class _Seed:
                 for k, found in sorted(others.items())
             },
             "scored": int(first["dense"].weights.sum()),
-            "checks": {"all_keys_difference": difference},
+            "checks": {
+                "all_keys_difference": ladder.largest_difference(*same),
+                "all_keys_differing_rows": ladder.differing_rows(*same),
+            },
         }
 
     @property

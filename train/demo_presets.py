@@ -73,6 +73,8 @@ class Preset:
         buckets: edges of the buckets of position, up to `long_length`.
         cost_shape: of the layer that is timed.
         cost_positions: cached keys at which it is timed.
+        quick_compiles: leave out most of the compiler's optimizations: for a run whose programs
+            take longer to compile than to run.
     """
 
     model: ModelConfig
@@ -91,6 +93,7 @@ class Preset:
     buckets: tuple[int, ...]
     cost_shape: LayerShape
     cost_positions: tuple[int, ...]
+    quick_compiles: bool = False
 
 
 # The published 0.02 suits a width of 7168; matrices of width 128 want a spread near 128^-1/2.
@@ -103,19 +106,19 @@ _SMALL_LAYER = LayerShape(heads=16, indexer_heads=8, topk=512)
 def _cpu() -> Preset:
     return Preset(
         model=presets.get("demo").replace(initializer_range=_INIT),
-        length=128,
-        long_length=256,
-        batch_size=16,
+        length=256,
+        long_length=512,
+        batch_size=8,
         compute_dtype="float32",
-        dense=StagePlan(2000, rate=4e-3, indexer_rate=0.0, final_fraction=0.05),
+        dense=StagePlan(1700, rate=4e-3, indexer_rate=0.0, final_fraction=0.05),
         warmup=StagePlan(200, rate=0.0, indexer_rate=5e-3),
         sparse=StagePlan(300, rate=1e-3, indexer_rate=1e-3),
-        scored_rows=256,
-        score_batch=32,
-        sweep=(4, 16, 32),
-        local=16,
+        scored_rows=128,
+        score_batch=16,
+        sweep=(8, 32, 64),
+        local=32,
         sink=4,
-        buckets=(8, 32, 64, 96, 128, 160, 192, 224, 256),
+        buckets=(16, 64, 128, 192, 256, 320, 384, 448, 512),
         cost_shape=_SMALL_LAYER,
         cost_positions=tuple(128 * 2**n for n in range(8)),
     )
@@ -131,6 +134,7 @@ def _smoke() -> Preset:
         moe_intermediate_size=32,
         index_n_heads=2,
         index_head_dim=16,
+        index_topk=8,
     )
     return Preset(
         model=model,
@@ -143,12 +147,13 @@ def _smoke() -> Preset:
         sparse=StagePlan(60, rate=2e-3, indexer_rate=2e-3),
         scored_rows=32,
         score_batch=32,
-        sweep=(16,),
+        sweep=(),
         local=16,
         sink=4,
         buckets=(8, 16, 32, 64, 96, 128),
         cost_shape=LayerShape(heads=16, indexer_heads=8, topk=128),
-        cost_positions=(32, 128, 512, 2048),
+        cost_positions=(64, 256, 1024),
+        quick_compiles=True,
     )
 
 

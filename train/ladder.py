@@ -100,6 +100,11 @@ def largest_difference(a: Evaluation, b: Evaluation) -> float:
     return float(np.nanmax(np.abs(a.token_loss - b.token_loss)))
 
 
+def differing_rows(a: Evaluation, b: Evaluation, tolerance: float = 1e-4) -> float:
+    """The share of rows in which some token's loss differs by more than `tolerance` nats."""
+    return float((np.abs(a.token_loss - b.token_loss) > tolerance).any(axis=1).mean())
+
+
 def snapshot(model: Transformer, batch: Batch) -> dict[str, np.ndarray]:
     """What the first row's teacher attends to and what the indexer and the oracle keep of it.
 

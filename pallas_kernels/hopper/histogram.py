@@ -49,7 +49,7 @@ def round_up(count: int, threads: int) -> int:
 
 
 def find_cut(
-    block: Any, workspace: Workspace, numbers: Words, count: Any, k: int, spare: int = 0
+    block: Any, workspace: Workspace, numbers: Words, count: Any, k: Any, spare: int = 0
 ) -> Cut:
     """Finds where the k largest of the first `count` numbers end.
 
@@ -94,7 +94,7 @@ def find_cut(
         return ~done, (low, next_shift, quota, block.select(whole, extra, 0))
 
     zero = block.constant(0)
-    start = (zero, block.constant(22), block.constant(k), zero)
+    start = (zero, block.constant(22), zero + k, zero)
     above, _, quota, extra = block.repeat(start, narrow)
     return Cut(above, quota, extra + k)
 

@@ -14,13 +14,13 @@ own to mask, scale and store. It is inline PTX because the accumulator must star
 first wgmma overwrites it; clearing 64 registers would cost a quarter of the reduction), and
 because a lane's own key and token are known only there.
 
-`multiply_interpretable` and `scores_interpretable` are the same in Pallas operations, for
-interpret mode.
+In interpret mode each function does the same in Pallas operations.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,16 +48,20 @@ def transforms(width: int, dtype) -> tuple:
     )
 
 
-def ranges_layout(tokens: int) -> plgpu.Layout:
+def ranges_layout(tokens: int) -> Any:
     """The layout of a per-lane value for each of the `tokens / 2` tokens that a lane stores."""
     return plgpu.Layout.WG_STRIDED((64 * tokens,), vec_size=tokens // 2)
 
 
-def load_ranges(start_ref, end_ref, batch, token, tokens: int):
+def load_ranges(start_ref, end_ref, batch, token, tokens: int, interpret: bool):
     """The key ranges of the tokens that each lane stores: start less the lane's row, and length.
 
     They are read from `[batch, token + ...]`; see `store_scores` for which token is whose.
     """
+    if interpret:
+        rows = pl.ds(token, tokens)
+        start = start_ref[batch, rows]
+        return start, jnp.maximum(end_ref[batch, rows] - start, 0)
     lanes = ranges_layout(tokens)
     bound = plgpu.ShapeDtypeStruct((64 * tokens,), jnp.int32, lanes)
 
@@ -81,23 +85,25 @@ def load_ranges(start_ref, end_ref, batch, token, tokens: int):
     return load(start_ref, end_ref, batch, token)
 
 
-def load_scales(k_scale_ref, batch, key):
-    """Each lane's `k_scale[batch, key + its row]` (see `store_scores`)."""
+def load_scales(scales_tile, part: int, interpret: bool):
+    """Each lane's scale of its key, the `64 part + row`-th of a tile (see `store_scores`)."""
+    if interpret:
+        return scales_tile[pl.ds(part * KEYS, KEYS)]
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT),
+        arg_types=(plgpu.RefType(),),
         return_type=plgpu.ShapeDtypeStruct((128,), jnp.float32, _A_LANE),
     )
-    def load(_, scale, batch, key):
+    def load(_, scales):
         f32 = ir.F32Type.get()
-        row = arith.muli(_splat(batch), _c(scale.type.shape[1]))
-        at = _element(scale, arith.addi(row, _Lane(2).row), f32)
-        return _per_lane([llvm.load(f32, _further(at, _splat(key), f32))], f32, _A_LANE)
+        at = arith.addi(_Lane(2).row, _c(part * KEYS))
+        place = utils.getelementptr(utils.memref_ptr(scales), [at], f32)
+        return _per_lane([llvm.load(f32, place)], f32, _A_LANE)
 
-    return load(k_scale_ref, batch, key)
+    return load(scales_tile)
 
 
-def multiply(k_tile, part: int, q_tile, warpgroup, *, consumers: int):
+def multiply(k_tile, part: int, q_tile, warpgroup, *, consumers: int, interpret: bool):
     """Issues `k_tile[64 part : 64 part + 64] @ q_tile.T`, when it is this warpgroup's turn.
 
     Args:
@@ -110,6 +116,11 @@ def multiply(k_tile, part: int, q_tile, warpgroup, *, consumers: int):
     Returns:
         f32 `[64, 128]`, undefined until `store_scores` has waited for it.
     """
+    if interpret:
+        return pl.run_scoped(
+            lambda acc: _multiply_interpretable(acc, k_tile.at[pl.ds(part * KEYS, KEYS)], q_tile),
+            plgpu.ACC((KEYS, COLUMNS), jnp.float32),
+        )
     tiles = plgpu.RefType(transforms(k_tile.shape[1], k_tile.dtype))
 
     @plgpu.inline_mgpu(
@@ -133,19 +144,14 @@ def multiply(k_tile, part: int, q_tile, warpgroup, *, consumers: int):
     return issue(k_tile, q_tile, warpgroup)
 
 
-def multiply_interpretable(k_tile, part: int, q_tile):
-    """`multiply` in Pallas operations."""
-
-    def dots(acc):
-        plgpu.wgmma(acc, k_tile.at[pl.ds(part * KEYS, KEYS)], q_tile.T)
-        return acc[...]
-
-    return pl.run_scoped(dots, plgpu.ACC((KEYS, COLUMNS), jnp.float32))
+def _multiply_interpretable(acc, k, q):
+    plgpu.wgmma(acc, k, q.T)
+    return acc[...]
 
 
 def store_scores(
     dots, weights, start, length, scales, out_ref, batch, token, key, *,
-    heads: int, keys: int, queries: int,
+    heads: int, keys: int, queries: int, staging=None,
 ):  # fmt: skip
     """Scores of 64 keys for the n = 128 / heads tokens from `token` on, stored to `out_ref`.
 
@@ -161,8 +167,17 @@ def store_scores(
         batch, token, key: where the tile lies.
         heads: I.
         keys, queries: S and T: nothing is stored beyond them.
+        staging: f32 `[n, 64]` in shared memory for interpret mode, which has no lanes; else None.
     """
     tokens = COLUMNS // heads
+    if staging is not None:
+        scores = _scores_interpretable(dots, weights, start, length, scales, key, heads)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        staging[...] = scores
+        plgpu.commit_smem()
+        box = out_ref.at[batch, pl.ds(token, tokens), pl.ds(key, KEYS)]
+        plgpu.copy_smem_to_gmem(staging, box)
+        return
     lanes = ranges_layout(tokens)
 
     @plgpu.inline_mgpu(
@@ -201,14 +216,7 @@ def store_scores(
     store(*arguments, *(() if scales is None else (scales,)))
 
 
-def scores_interpretable(dots, weights, start, length, scales, key, *, heads: int):
-    """`store_scores` in Pallas operations; returns the `[n, 64]` scores instead.
-
-    Args:
-        dots, weights, key, heads: as in `store_scores`.
-        start, length: i32 `[n]`.
-        scales: f32 `[64]` or None.
-    """
+def _scores_interpretable(dots, weights, start, length, scales, key, heads: int):
     weighted = jax.nn.relu(dots) * weights[None, :]
     scores = weighted.reshape(KEYS, COLUMNS // heads, heads).sum(axis=2).T
     if scales is not None:

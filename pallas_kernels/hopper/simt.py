@@ -263,6 +263,12 @@ class SimtBlock:
         code = "ld.global.nc.L1::no_allocate.v4.u32 {$0, $1, $2, $3}, [$4];"
         return _asm4(code, "=r,=r,=r,=r,l", self._wide_address(row, i << 2))
 
+    def prefetch(self, row: GlobalRow, i: U32, count: U32) -> None:
+        """Starts to fetch `count` times four words from the i-th on into the L2; one lane does."""
+        where = (self.thread == 0) & (count > 0)
+        code = "@$2 cp.async.bulk.prefetch.L2.global [$0], $1;"
+        _asm_void(code, "l,r,b", self._wide_address(row, i << 2), count << 4, where)
+
     def load_global(self, row: GlobalRow, i: U32) -> U32:
         """A word of a row."""
         return _asm("ld.global.nc.u32 $0, [$1];", "=r,l", self._wide_address(row, i + row.skew))

@@ -152,6 +152,11 @@ class ModelBlock:
         padded = np.pad(array.view(np.uint32), (0, -len(array) % 4), constant_values=0x7FC12345)
         return [padded[at + n] for n in range(4)]
 
+    def prefetch(self, row, i, count):
+        array, base = row.base
+        last = base + 4 * (_one(i) + _one(count))
+        assert not _one(count) or last <= len(array) + -len(array) % 4, "beyond the array"
+
     def load_global(self, row, i):
         array, base = row.base
         at = base + np.where(self._active, i + row.skew, 0).astype(np.int64)

@@ -57,8 +57,9 @@ def lightning_indexer(
         topk: how many keys to select; more than S selects all that are visible.
         k_scale: quantisation scale of each key; None is 1.
         implementation: `"mosaic"`, `"xla"`, or None for the fastest that serves the call.
-        workspace_bytes: bound on the temporary memory of the XLA implementation, as long as one
-            query fits it.
+        workspace_bytes: bound on the scores held at once, and in the XLA implementation on all
+            temporary memory, as long as one query, or one block of the kernel's, fits it. Less is
+            slower: by 1.5% with 512 MiB for 4096 queries over 131072 keys.
 
     Returns:
         Selection of K = min(topk, S) slots, ascending, -1 at the end.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lightning_indexer import scores_sm90, topk_sm90
+from pallas_kernels.lightning_indexer import scores_operands, scores_sm90, topk_sm90
 from pallas_kernels.types import KeyRange
 
 
@@ -48,24 +48,22 @@ def lightning_indexer(q, k, w, ranges: KeyRange, k_scale, *, topk: int, workspac
     topk = min(topk, keys)
     if 0 in (batch, queries, keys):
         return jnp.full((batch, queries, topk), -1, jnp.int32)
-    tiling = scores_sm90.default_tiling(heads, width, q.dtype)
-    problem = scores_sm90.Problem(keys, heads, queries, tiling, scores_sm90.sm_count(), fill=False)
+    tiling = scores_operands.default_tiling(heads, width, q.dtype)
+    problem = scores_operands.Problem(
+        keys, heads, queries, tiling, scores_operands.sm_count(), fill=False
+    )
     window = window_queries(
         batch, queries, keys, block=problem.block, workspace_bytes=workspace_bytes
     )
     problem = dataclasses.replace(problem, queries=window)
-    operands = scores_sm90.operands(q, k, w, ranges, k_scale, problem)
+    operands = scores_operands.operands(q, k, w, ranges, k_scale, problem)
 
-    def select(first):
-        scores = scores_sm90.score_window(operands, first, problem)
-        bounds = (
-            lax.dynamic_slice_in_dim(x, first, window, axis=1).ravel()
-            for x in (operands.start, operands.end)
-        )
+    def select(some: scores_sm90.Window):
+        scores = scores_sm90.score_window(operands, some, problem)
+        bounds = (bound[:, :window].ravel() for bound in (some.start, some.end))
         rows = scores.reshape(batch * window, -1)
         return topk_sm90.select_rows(rows, *bounds, topk=topk).reshape(batch, window, topk)
 
-    if window == queries:
-        return select(0)
-    selected = lax.map(select, jnp.arange(0, queries, window, dtype=jnp.int32))
+    # One after another, so that they share the workspace.
+    selected = lax.map(select, scores_sm90.windows(operands, problem))
     return jnp.moveaxis(selected, 0, 1).reshape(batch, -1, topk)[:, :queries]

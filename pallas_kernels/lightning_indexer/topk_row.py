@@ -1,105 +1,43 @@
-"""What the lanes of a CTA do to select the k best scores of a row: one pass, a rising threshold.
+"""What the lanes of a CTA do to select the k best scores of a row: one pass behind a threshold.
 
-A row goes through shared memory once:
+A row that fits the buffer goes through `fill` and `emit`; a longer one through
 
-    fill      the first `capacity` visible scores go into a buffer of (key, column), keys being
-              uint32 that sort as the scores must;
-    stream    of every further tile of scores those that reach the threshold are appended;
+    guess     a sample of the row gives a threshold that somewhat more than k scores should reach;
+    stream    of every tile of scores those that reach the threshold are appended to a buffer of
+              (key, column), keys being uint32 that sort as the scores must;
     compact   when they do not fit, the k best of the buffer and perhaps some more are kept, and
               the threshold rises above what was dropped;
     emit      at the end, the k best of the buffer are the answer.
 
+Should fewer than k reach the guess, the row is streamed once more without one: the first scores
+fill the buffer, NaN and all, and the threshold rises from there.
+
 The buffer is always in the order of the columns: appends and compactions number their elements by
 prefix sums, never by the order in which lanes arrive. So the k best, ties to the lower column, are
-the keys above the cut and the first so many on it; a later score that only equals the k-th
-cannot win; the output ascends by itself; and every run gives the same bits.
+the keys above the cut and the first so many on it; after a compaction a later score that only
+equals the k-th cannot win; the output ascends by itself; and every run gives the same bits.
 
-On random data some k ln(S / capacity) scores are appended and the buffer is compacted two or three
-times. In the worst case, scores that rise along the row, each tile is followed by a compaction:
-slower, never wrong.
+The guess decides how long a row takes, never what is selected. The sample is 64-byte pieces at
+random but fixed places, one from each of equal parts of the row, so neither order nor period of the
+scores misleads it. It is aimed five standard deviations low: of rows of independent scores less
+than one in a million is streamed twice.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 from typing import Any
 
 from pallas_kernels.hopper import compaction, histogram
 from pallas_kernels.hopper.scan import scan_block, share_warp_totals
-from pallas_kernels.hopper.simt import WARP, Words
+from pallas_kernels.hopper.simt import WARP
+from pallas_kernels.lightning_indexer.topk_plan import Plan, sampled_vector
 
 _NEGATIVE_INFINITY = 0x007FFFFF  # its key: of all numbers' the lowest
 _NAN = _NEGATIVE_INFINITY - 1
 _NAN_BITS = 0x7FC00000
-_LOADS = 8  # loads of a lane under way at once when a buffer is filled; more take registers
+_LOADS = 4  # loads of a lane under way at once when a buffer is filled; more take registers
 _NOTHING = 0xFFFFFFFF  # -1 in the result
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The sizes of a kernel.
-
-    Attributes:
-        topk: K.
-        width: S, words of a row.
-        threads: lanes of a CTA, which takes one row.
-        vectors: 16-byte loads of a lane in a tile; at most 4.
-        capacity: of the buffer.
-    """
-
-    topk: int
-    width: int
-    threads: int = 256
-    vectors: int = 4
-    capacity: int = 8192
-
-    def __post_init__(self):
-        if self.threads not in (128, 256, 512):
-            raise ValueError(f"threads={self.threads} must be 128, 256 or 512")
-        if not self.whole_row and self.capacity < self.topk + self.tile:
-            raise ValueError(
-                f"capacity={self.capacity} must hold topk={self.topk} scores and a tile of "
-                f"{self.tile}, or a whole row of {self.width}"
-            )
-
-    @property
-    def tile(self) -> int:
-        """Scores of a tile."""
-        return 4 * self.vectors * self.threads
-
-    @property
-    def places(self) -> int:
-        """Words that a row can take from a 16-byte boundary to the next after it."""
-        return self.width if self.width % 4 == 0 else self.width + 3
-
-    @property
-    def whole_row(self) -> bool:
-        """Whether the buffer holds any row whole; an entry's place then follows from its slot."""
-        return self.capacity >= self.places
-
-    @property
-    def spare(self) -> int:
-        """How many more than K a compaction may keep; it must leave room for a tile."""
-        return max(0, min(self.topk // 4, self.capacity - self.tile - self.topk))
-
-    @property
-    def arrays(self) -> dict[str, Words]:
-        """The arrays in shared memory."""
-        sizes = {"keys": self.capacity, "columns": 0 if self.whole_row else self.capacity}
-        sizes |= {"bins": histogram.BINS + 4, "found": 4}
-        sizes |= {"cut_totals": 2 * WARP, "stream_totals": 2 * WARP}
-        arrays, start = {}, 0
-        for name, size in sizes.items():
-            arrays[name] = Words(start, size)
-            start += -(-size // 4) * 4
-        return arrays
-
-    @property
-    def words(self) -> int:
-        """Shared memory, in words."""
-        return sum(-(-array.size // 4) * 4 for array in self.arrays.values())
 
 
 def select_row(
@@ -188,13 +126,57 @@ class _Row:
 
     def select(self):
         """The answer, of more than K visible scores."""
-        histogram.clear(self.block, self.workspace)
-        self.fill()
-        count = self.block.constant(self.plan.capacity)
-        if not self.plan.whole_row:
-            count = self.stream(count)
-        cut = histogram.find_cut(self.block, self.workspace, self.keys, count, self.plan.topk)
+        block, plan = self.block, self.plan
+        histogram.clear(block, self.workspace)
+        if plan.whole_row:
+            self.fill(())
+            count = block.constant(plan.capacity)
+        else:
+            count = self.stream_row()
+        cut = histogram.find_cut(block, self.workspace, self.keys, count, plan.topk)
         self.emit(cut, count)
+
+    def stream_row(self):
+        """A buffer with the K best of a row that may be longer; its count."""
+        block, plan = self.block, self.plan
+        fits = self.end_vector - self.first_vector <= plan.capacity // 4
+        lowest = block.constant(_NEGATIVE_INFINITY)
+
+        def attempt(state):
+            guessed, threshold, _ = state
+            block.barrier()  # the buffer and its totals may be in use still
+            block.when(guessed == 0, self.fill)
+            taken = block.select(guessed == 0, plan.capacity // 4, 0)
+            count = self.stream(self.first_vector + taken, taken * 4, threshold)
+            return count < plan.topk, (block.constant(0), lowest, count)
+
+        guessed = block.select(fits, 0, 1)
+        threshold = block.when(~fits, self.guess, lowest)
+        return block.repeat((guessed, threshold, block.constant(0)), attempt)[2]
+
+    def prefetch(self, first, tiles: int):
+        """Keeps the memory busy while the lanes are not loading: tiles from a vector on."""
+        first = self.block.minimum(first, self.end_vector)
+        count = self.block.minimum(self.end_vector - first, tiles * self.plan.tile // 4)
+        self.block.prefetch(self.scores, first, count)
+
+    def guess(self, lowest):
+        """A threshold that more than K scores should reach, from a sample of the row."""
+        block, plan = self.block, self.plan
+        vectors = self.end_vector - self.first_vector
+        slots = [block.thread + i for i in range(0, plan.sample // 4, plan.threads)]
+        places = [self.first_vector + sampled_vector(slot, vectors, plan) for slot in slots]
+        scores = [self.load(place) for place in places]
+        self.prefetch(self.first_vector, plan.ahead)  # behind the sample, which is waited for
+        for slot, vector in zip(slots, scores, strict=True):
+            block.store4(self.keys, slot * 4, [ordered(block, x) for x in vector])
+        expected = block.constant(plan.topk * plan.sample) // (self.end - self.start)
+        # Of the K best so many lie in the sample on average; some five standard deviations more.
+        enough = expected + (expected >> 2) + 28
+        count = block.constant(plan.sample)
+        cut = histogram.find_cut(block, self.workspace, self.keys, count, enough, spare=8)
+        # Below -inf only NaN is left, which no threshold lets pass.
+        return block.maximum(block.select(cut.quota == 0, cut.above, cut.above - 1), lowest)
 
     def merge(self, lists, length):
         """The answer, of the scores of the columns in a list in which -1 is nothing."""
@@ -240,18 +222,25 @@ class _Row:
         block.when(found <= plan.topk, all_found)
         block.when(found > plan.topk, best)
 
-    def fill(self):
+    def fill(self, _):
         """The first `capacity` places from the range's first vector on, with keys.
 
         Places outside the range get key 0, which never wins: at most three of them lie before the
         range, and those after it are there only if the row ends here, with more than K visible.
         """
-        steps = range(0, self.plan.capacity // 4, self.plan.threads)
-        for some in itertools.batched(steps, _LOADS):
-            slots = [self.block.thread + i for i in some]
+        block, threads = self.block, self.plan.threads
+        rounds = self.plan.capacity // (4 * threads)
+        batch = max(n for n in range(1, _LOADS + 1) if rounds % n == 0)
+
+        def some(first, carry):
+            slots = [first + block.thread + threads * i for i in range(batch)]
             loaded = [self.load(self.first_vector + slot) for slot in slots]
             for slot, vector in zip(slots, loaded, strict=True):
                 self.put(slot * 4, vector)
+            return carry
+
+        block.loop(0, threads * rounds, threads * batch, (), some)
+        return ()
 
     def put(self, slot, vector):
         """Four scores into the buffer."""
@@ -281,20 +270,24 @@ class _Row:
         mine = first + block.warp * (WARP * plan.vectors) + block.lane
         return [self.load(mine + WARP * j) for j in range(plan.vectors)]
 
-    def stream(self, count):
-        """Appends what reaches the threshold, compacts when it must; the buffer's count."""
+    def stream(self, begin, count, threshold):
+        """Appends what reaches the threshold, compacts when it must; the buffer's count.
+
+        Args:
+            begin: the vector to start at; those before are in the buffer.
+            count: of the buffer.
+            threshold: a key. What does not reach it cannot win, or the caller sees to that.
+        """
         block, plan = self.block, self.plan
-        begin = self.first_vector + plan.capacity // 4
         step = plan.tile // 4
-        # A later score wins only if its key reaches the threshold. At first that keeps out NaN: the
-        # buffer holds K visible scores or more, and a NaN among them has the lower column.
-        threshold = block.constant(_NEGATIVE_INFINITY)
 
         def tile(first, state):
             count, threshold, turn, scores = state
+            if plan.ahead:
+                self.prefetch(first + plan.ahead * step, 1)
             following = self.load_tile(first + step)
-            past_end = (first + step) * 4 > self.end
-            scores = block.when(past_end, lambda scores: self.hide_end(first, scores), scores)
+            across = ((first + step) * 4 > self.end) | (first * 4 < self.start)
+            scores = block.when(across, lambda scores: self.hide_outside(first, scores), scores)
             limit = unordered(block, threshold)
             counted = self.count(scores, limit, turn)
 
@@ -319,13 +312,15 @@ class _Row:
         state = (count, threshold, block.constant(0), self.load_tile(begin))
         return block.loop(begin, self.end_vector, step, state, tile)[0]
 
-    def hide_end(self, first, tile):
-        """Makes NaN, which passes no threshold, of the tile's scores past the range."""
+    def hide_outside(self, first, tile):
+        """Makes NaN, which passes no threshold, of the tile's scores outside the range."""
         block, plan = self.block, self.plan
-        place = (first + block.warp * (WARP * plan.vectors) + block.lane) * 4
+        # Counted from the range's start; unsigned, so what lies before it is far past its end.
+        place = (first + block.warp * (WARP * plan.vectors) + block.lane) * 4 - self.start
+        length = self.end - self.start
         return [
             [
-                block.select(place + (4 * WARP * j + n) < self.end, x, _NAN_BITS)
+                block.select(place + (4 * WARP * j + n) < length, x, _NAN_BITS)
                 for n, x in enumerate(vector)
             ]
             for j, vector in enumerate(tile)

@@ -8,7 +8,7 @@ Few rows do not fill the GPU: then the range of each is cut into segments, a CTA
 selects of each segment, and a second kernel selects of what they found.
 
 Shared memory: `Plan.words`, 91 KB for long rows, 41 KB for rows of 8192, which need no list of
-columns. Registers: at most 104 a lane, 64 for rows of 8192; no spills.
+columns. Registers: at most 104 a lane, 48 where rows are held whole; no spills.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import histogram
 from pallas_kernels.hopper.simt import U32, SimtBlock
 from pallas_kernels.hopper.simt_model import ModelBlock
-from pallas_kernels.lightning_indexer.topk_row import Plan, merge_row, select_row
+from pallas_kernels.lightning_indexer.topk_plan import Plan
+from pallas_kernels.lightning_indexer.topk_row import merge_row, select_row
 from pallas_kernels.types import KeyRange
 
 MAX_TOPK = 4096
 
-_SHORT = 12288  # the widest row that is held whole
+_SHORT = 16384  # the widest row that is held whole
 _SMS = 132  # of an H100
 
 
@@ -43,9 +44,11 @@ def plan(topk: int, width: int, tasks: int, **sizes: int) -> Plan:
         tasks: how many rows or segments there are.
         **sizes: overrides what is chosen.
     """
-    best = dict(threads=512, vectors=2, capacity=12288)
-    if tasks > _SMS and width > _SHORT:  # or else a row is held whole, or has an SM for itself
-        best = dict(threads=256, vectors=4, capacity=10240 if topk <= 2048 else 12288)
+    short = width <= _SHORT
+    best = dict(threads=512, vectors=2, capacity=16384 if short else 12288, sample=4096)
+    if tasks > _SMS and not short:  # or else a row is held whole, or has an SM for itself
+        capacity = 10240 if topk <= 2048 else 12288
+        best = dict(threads=256, vectors=4, capacity=capacity, sample=2048)
     best |= sizes
     whole_row = histogram.round_up(width + 3 if width % 4 else width, best["threads"])
     return Plan(topk, width, **best | {"capacity": min(best["capacity"], whole_row)})
@@ -62,7 +65,7 @@ def segments(rows: int, topk: int, width: int) -> int:
 def merge_plan(topk: int, width: int, segments: int) -> Plan:
     """The plan for merging a row's segments."""
     capacity = histogram.round_up(max(segments * topk, topk + 2048), 512)
-    return Plan(topk, width, threads=512, vectors=1, capacity=capacity)
+    return Plan(topk, width, threads=512, vectors=1, capacity=capacity, sample=4096)
 
 
 def unsupported(topk: int) -> str | None:

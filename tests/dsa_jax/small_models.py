@@ -20,7 +20,14 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 def filled(config: ModelConfig, *, seed: int = 0, dtype: Any = jnp.float32, **options: Any):
     """A model of lively random weights: norms off 1, biases off 0, scores far from uniform."""
-    shapes = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, **options))
+    return fill(
+        nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, **options)),
+        seed=seed,
+    )
+
+
+def fill(shapes: Any, *, seed: int = 0):
+    """The same for any module's shapes."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, x):

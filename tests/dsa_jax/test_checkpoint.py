@@ -254,9 +254,10 @@ def test_a_truncated_file_is_reported_and_a_lost_leaf_named(copy):
     with open(file, "r+b") as f:
         f.truncate(int(file.stat().st_size * 0.9))
     lost = set()
-    for name, leaf in checkpoint._stored_leaves(copy).items():
+    reader = checkpoint.CheckpointReader(copy)
+    for name, leaf in reader.leaves.items():
         try:
-            checkpoint._read(copy, {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)})
+            reader.read({name: leaf})
         except CheckpointError:
             lost.add("/".join(name))
     with pytest.raises(CheckpointError, match="model is damaged: could not read ") as caught:

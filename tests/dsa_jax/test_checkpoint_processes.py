@@ -11,7 +11,7 @@ import numpy as np
 from small_models import filled
 
 import dsa_jax
-from dsa_jax import checkpoint, presets
+from dsa_jax import checkpoint, presets, store
 from dsa_jax.layer_tree import flatten
 
 ROOT = Path(dsa_jax.__file__).parents[1]
@@ -52,7 +52,7 @@ except FileExistsError:
 def test_two_processes_read_their_parts_and_write_one_checkpoint(tmp_path, monkeypatch):
     model = filled(presets.get("tiny").replace(vocab_size=2048, hidden_size=512))
     # Chunks far below the leaves, as they are for leaves of many GB.
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(store, "_CHUNK_BYTES", 2**16)
     checkpoint.save(model, tmp_path / "source")
     stored = sum(f.stat().st_size for f in (tmp_path / "source").rglob("*") if f.is_file())
 

@@ -147,7 +147,9 @@ def test_every_preset_survives_json(name):
 
 def test_our_own_fields_survive():
     config = ModelConfig.from_hf(V32_EXP).replace(
-        numerics=Numerics(indexer_fp8=True, round_residual=True), index_norm_eps=1e-5
+        numerics=Numerics(indexer_fp8=True, round_residual=True, gate_epsilon=1e-20),
+        index_norm_eps=1e-5,
+        latent_norm_eps=1e-6,
     )
     assert ModelConfig.from_hf(config.to_hf()) == config
 

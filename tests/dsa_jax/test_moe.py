@@ -8,6 +8,7 @@ from flax import nnx
 from small_models import jit
 
 from dsa_jax import presets
+from dsa_jax.config import Numerics
 from dsa_jax.moe import MoE, Routing, SwiGLU, dispatch, gate_product, route
 
 TINY = presets.get("tiny")  # 8 experts in 4 groups, 2 groups eligible, 2 experts a token
@@ -128,12 +129,20 @@ def test_router_reads_fp32():
     np.testing.assert_allclose(moe.gate(x).weights, expected.weights, rtol=1e-5)
 
 
+def gate_product_twice(gate, up):
+    return gate_product(gate, up, round_first=True)
+
+
 def test_swiglu_multiplies_in_fp32():
     gate = jnp.asarray(np.random.default_rng(0).standard_normal(256), jnp.bfloat16)
     up = gate[::-1]
     wide = np.asarray(gate, np.float64) / (1 + np.exp(-np.asarray(gate, np.float64)))
     exact = wide * np.asarray(up, np.float64)
     np.testing.assert_array_equal(gate_product(gate, up), jnp.asarray(exact, jnp.bfloat16))
+    activated = jnp.asarray(wide, jnp.bfloat16)
+    twice = (activated.astype(jnp.float32) * up).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(jit(gate_product_twice)(gate, up), twice)
+    assert (np.asarray(twice) != np.asarray(gate_product(gate, up))).mean() > 0.05
     mlp = SwiGLU(TINY, 80, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32)
     x = jnp.ones((1, 48))
     expected = gate_product(mlp.gate_proj(x), mlp.up_proj(x)) @ mlp.down_proj.weight[...]
@@ -153,3 +162,28 @@ def test_fp8_experts_are_near_the_float_ones():
         outs.append(np.asarray(out))
     error = np.std(outs[1] - outs[0]) / np.std(outs[0])
     assert 0.01 < error < 0.1
+
+
+def test_epsilon_of_the_gate():
+    """Affinities that underflow leave nothing to divide by, except with an epsilon."""
+    scores = jnp.zeros((1, 8))
+    bias = jnp.arange(8.0)
+    assert jnp.isnan(route(scores, bias, TINY).weights).all()
+    theirs = TINY.replace(numerics=Numerics(gate_epsilon=1e-20))
+    assert not route(scores, bias, theirs).weights.any()
+    with pytest.raises(ValueError, match="gate_epsilon=-1"):
+        Numerics(gate_epsilon=-1)
+
+
+def test_rounding_the_experts_sum():
+    """With the switch the routed sum is rounded, then the sum with the shared expert."""
+    x = jax.random.normal(jax.random.key(1), (1, 64, 48), jnp.bfloat16)
+    counted = jnp.ones((1, 64), bool)
+    both = []
+    for rounded in (False, True):
+        config = TINY.replace(numerics=Numerics(round_experts=rounded))
+        moe = MoE(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.float32)
+        both.append(np.asarray(jit(lambda moe, x: moe(x, counted)[0])(moe, x), np.float32))
+    once, twice = both
+    assert 0 < (once != twice).mean() < 0.5
+    np.testing.assert_allclose(once, twice, rtol=2**-7, atol=2**-8 * np.abs(once).max())

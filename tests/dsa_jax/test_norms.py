@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,6 +31,10 @@ def test_rounded_once():
     np.testing.assert_array_equal(out, jnp.asarray(exact, jnp.bfloat16))
     twice = jnp.asarray(rms_norm(x, jnp.ones(48), 1e-6, jnp.bfloat16) * weight, jnp.bfloat16)
     assert (np.asarray(twice) != np.asarray(out)).mean() > 0.05  # what transformers computes
+    weight = weight.astype(jnp.bfloat16)  # as its weights are
+    twice = rms_norm(x, jnp.ones(48), 1e-6, jnp.bfloat16).astype(jnp.float32) * weight
+    switched = jax.jit(lambda x: rms_norm(x, weight, 1e-6, jnp.bfloat16, round_first=True))(x)
+    np.testing.assert_array_equal(switched, twice.astype(jnp.bfloat16))
 
 
 def test_modules_start_neutral():

@@ -97,3 +97,23 @@ def test_bf16_is_rounded_once():
     turn = rotation(presets.get("tiny"), jnp.array([[77]]))
     wide = rotate(x.astype(jnp.float32), turn, interleaved=True)
     np.testing.assert_array_equal(rotate(x, turn, interleaved=True), wide.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rounded_products(interleaved):
+    """With cos and sin in bf16 every product is rounded too, as PyTorch does in bf16."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 8)), jnp.bfloat16)
+    turn = rotation(presets.get("tiny"), jnp.array([[77]]))
+    low = Rotation(*(part.astype(jnp.bfloat16) for part in turn))
+    cos, sin = (part.astype(jnp.float32) for part in low)
+    wide = x.astype(jnp.float32)
+    a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, -1)
+
+    def times(y, factor):
+        return (y * factor).astype(jnp.bfloat16).astype(jnp.float32)
+
+    pairs = times(a, cos) - times(b, sin), times(a, sin) + times(b, cos)
+    together = jnp.stack(pairs, -1).reshape(1, 1, 8)
+    expected = (together if interleaved else jnp.concatenate(pairs, -1)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(rotate(x, low, interleaved=interleaved), expected)
+    assert (np.asarray(expected) != np.asarray(rotate(x, turn, interleaved=interleaved))).any()

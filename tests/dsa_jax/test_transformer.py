@@ -111,7 +111,7 @@ def test_packed_documents_are_as_if_alone(attention):
 def test_positions_restart_in_every_document():
     """Invisible in logits, where only distances count, but not to a limit on positions."""
     ids = jnp.array([[5, 5, 5, 7, 7, 0, 0]])
-    rows = tiny_model()._rows(jnp.zeros_like(ids), None, ids, None)
+    rows = tiny_model().rows(jnp.zeros_like(ids), None, ids, None)
     angle = jnp.arctan2(rows.turn.sin, rows.turn.cos)[0, :, 0]  # pair 0 turns a radian a token
     np.testing.assert_allclose(angle, [0, 1, 2, 0, 1, 0, 1], atol=1e-6)
 

@@ -3,18 +3,17 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import KeyRange
+from pallas_kernels import KeyRange, lightning_indexer
 from pallas_kernels.lightning_indexer import scores_sm90
 
 
-def case(heads: int = 64, width: int = 128, dtype=jnp.float8_e4m3fn, scaled: bool = True):
+def case(heads=64, width=128, dtype=jnp.float8_e4m3fn, scaled=True, queries=1000, keys=5002):
     def sds(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def scores(q, k, w, start, end, scale):
         return scores_sm90.indexer_scores(q, k, w, KeyRange(start, end), scale if scaled else None)
 
-    queries, keys = 1000, 5002
     bound = sds(1, queries, dtype=jnp.int32)
     return scores, (
         sds(1, queries, heads, width, dtype=dtype),
@@ -44,3 +43,24 @@ def e4m3_width_64():
 
 def bf16():
     return case(dtype=jnp.bfloat16)
+
+
+def e4m3_whole_tiles():
+    return case(keys=5120)
+
+
+def prefill(length: int = 131072):
+    """A causal prefill in one call, the scores in windows of the default workspace."""
+
+    def select(q, k, w, scale):
+        ranges = KeyRange.causal(*q.shape[:2])
+        options = dict(topk=2048, k_scale=scale, implementation="mosaic")
+        return lightning_indexer(q, k, w, ranges, **options).indices
+
+    e4m3 = jnp.float8_e4m3fn
+    return select, (
+        jax.ShapeDtypeStruct((1, length, 64, 128), e4m3),
+        jax.ShapeDtypeStruct((1, length, 128), e4m3),
+        jax.ShapeDtypeStruct((1, length, 64), jnp.float32),
+        jax.ShapeDtypeStruct((1, length), jnp.float32),
+    )

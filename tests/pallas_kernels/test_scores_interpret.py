@@ -14,7 +14,7 @@ from pallas_kernels.lightning_indexer import (
     selection_sm90,
     tile_shares,
 )
-from pallas_kernels.lightning_indexer.scores_sm90 import Tiling
+from pallas_kernels.lightning_indexer.scores_operands import Tiling
 
 # fp32 sums of I terms in another order than the reference's: a few units of 2**-24 of the largest.
 FP32 = 2e-6

@@ -5,16 +5,18 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from topk_rows import best, hard_ranges, hard_rows
+from topk_rows import best, by_lax, hard_ranges, hard_rows
 
+from pallas_kernels import KeyRange
 from pallas_kernels.hopper import histogram, scan, simt_model
 from pallas_kernels.hopper.simt import Words
-from pallas_kernels.lightning_indexer import topk_row, topk_sm90
+from pallas_kernels.lightning_indexer import topk_plan, topk_row, topk_sm90
 
 # Small enough that a row of some thousand scores fills, streams, compacts and emits.
-SMALL = dict(threads=128, vectors=2, capacity=2048)
+SMALL = dict(threads=128, vectors=2, capacity=2048, sample=1024)
 
 
 def check(scores, starts, ends, topk, **options):
@@ -22,6 +24,7 @@ def check(scores, starts, ends, topk, **options):
     options = SMALL | options
     got = topk_sm90.select_rows(scores, starts, ends, topk=topk, interpret=True, **options)
     np.testing.assert_array_equal(got, best(scores, starts, ends, topk))
+    return got
 
 
 def one_row(block, plan, *arrays):
@@ -44,11 +47,15 @@ def test_random_sizes(seed):
     rng = np.random.default_rng(seed)
     width, topk = int(rng.integers(1, 9000)), int(rng.integers(1, 1025))
     sizes = dict(
-        threads=int(rng.choice([128, 256])), vectors=int(rng.integers(1, 3)), capacity=4096
-    )
+        threads=int(rng.choice([128, 256])), vectors=int(rng.integers(1, 3)),
+        capacity=4096, sample=2048,
+    )  # fmt: skip
     scores = rng.standard_normal((3, width)).astype(np.float32)
     scores = np.round(scores * 30) if seed % 2 else scores
-    check(scores, *hard_ranges(3, width, seed), min(topk, width), **sizes)
+    bounds = hard_ranges(3, width, seed)
+    got = check(scores, *bounds, min(topk, width), **sizes)
+    ranges = KeyRange(*(jnp.asarray(bound)[None] for bound in bounds))
+    np.testing.assert_array_equal(got, by_lax(jnp.asarray(scores)[None], ranges, got.shape[1])[0])
 
 
 @pytest.mark.parametrize("visible", [0, 1, 99, 100, 101, 104])
@@ -94,27 +101,60 @@ def test_the_end_of_the_last_tile():
     check(scores, [0] * 6, ends, 100)
 
 
-def test_scores_are_read_once():
-    """All but the last vector, which stands in for those past it."""
-    reads = []
+class Counting(simt_model.ModelBlock):
+    """Counts how often each vector of a row is read."""
 
-    class Counting(simt_model.ModelBlock):
-        def load4_global(self, row, i):
-            reads.append(np.asarray(i).copy())
-            return super().load4_global(row, i)
+    def __init__(self, plan):
+        super().__init__(plan.threads, plan.words)
+        self.reads = np.zeros(plan.width // 4 + 1, int)
 
-    width = 9000
-    plan = topk_row.Plan(200, width, **SMALL)
-    scores = np.sort(np.random.default_rng(0).standard_normal(width)).astype(np.float32)
-    out = np.zeros(200, np.int32)
-    bounds = np.array([17], np.int32), np.array([width - 5], np.int32)
-    block = Counting(plan.threads, plan.words)
-    one_row(block, plan, scores, *bounds, out)
-    counts = np.bincount(np.concatenate(reads))
-    first, last = 17 // 4, (width - 6) // 4
-    assert counts[:first].sum() == 0
-    assert (counts[first:last] == 1).all()
-    assert len(counts) == last + 1
+    def load4_global(self, row, i):
+        np.add.at(self.reads, i, 1)
+        return super().load4_global(row, i)
+
+
+def run_counting(scores, start, end, topk):
+    plan = topk_plan.Plan(topk, len(scores), **SMALL)
+    block, out = Counting(plan), np.zeros(topk, np.int32)
+    one_row(block, plan, scores, np.int32([start]), np.int32([end]), out)
+    np.testing.assert_array_equal(out, best(scores[None], [start], [end], topk)[0])
+    return block.reads
+
+
+@pytest.mark.parametrize("name", ["normal", "ascending", "descending", "relu plateau", "all equal"])
+def test_scores_are_read_once(name):
+    """Beside the sample; and the last vector, which stands in for those past it."""
+    start, end = 17, 8995
+    reads = run_counting(dict(hard_rows(9000))[name], start, end, 200)
+    first, last = start // 4, (end - 1) // 4
+    assert reads[:first].sum() == reads[last + 1 :].sum() == 0
+    assert (reads[first:last] >= 1).all()
+    assert (reads[first:last] - 1).sum() == SMALL["sample"] // 4
+
+
+def mislead(scores):
+    """Raises the very scores that are sampled: the guess is then one that few others reach."""
+    plan = topk_plan.Plan(1, len(scores), **SMALL)
+    slots = np.arange(plan.sample // 4, dtype=np.uint32)
+    vectors = topk_plan.sampled_vector(slots, np.uint32(len(scores) // 4), plan)
+    assert len(set(vectors)) == len(slots)
+    assert vectors.min() >= 1
+    assert vectors.max() < len(scores) // 4 - 1
+    scores = scores.copy()
+    scores.reshape(-1, 4)[vectors] += np.float32(9)
+    return scores
+
+
+@pytest.mark.parametrize("name", ["normal", "ascending", "some inf", "mostly NaN", "all equal"])
+@pytest.mark.parametrize("topk", [1000, 4])
+def test_a_misleading_sample(name, topk):
+    scores = mislead(dict(hard_rows(9000))[name])
+    check([scores] * 3, [0, 0, 6], [9000, 8997, 9000], topk)
+
+
+def test_a_misled_row_is_streamed_again():
+    scores = mislead(np.random.default_rng(0).standard_normal(9000).astype(np.float32))
+    assert (run_counting(scores, 0, 9000, 1000)[:-1] >= 2).all()
 
 
 def test_a_missing_barrier_is_found():
@@ -125,7 +165,7 @@ def test_a_missing_barrier_is_found():
             else:
                 self.barriers += 1
 
-    plan = topk_row.Plan(200, 5000, **SMALL)
+    plan = topk_plan.Plan(200, 5000, **SMALL)
     scores = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
     bounds = np.array([0], np.int32), np.array([5000], np.int32)
     block = Hasty(plan.threads, plan.words)
@@ -166,10 +206,12 @@ def test_find_cut(spread):
 
 def test_plans():
     with pytest.raises(ValueError, match="capacity=4096 must hold topk=4096"):
-        topk_row.Plan(4096, 100_000, capacity=4096)
+        topk_plan.Plan(4096, 100_000, capacity=4096)
     with pytest.raises(ValueError, match="threads=1024"):
-        topk_row.Plan(16, 100_000, threads=1024)
-    for topk, width, tasks in itertools.product([1, 2048, 4096], [4097, 12289, 262144], [1, 999]):
+        topk_plan.Plan(16, 100_000, threads=1024)
+    for topk, width, tasks in itertools.product(
+        [1, 2048, 4096], [4097, 16383, 16384, 262144], [1, 999]
+    ):
         parts = topk_sm90.segments(tasks, topk, width)
         plans = [topk_sm90.plan(topk, width, tasks * parts)]
         plans += [topk_sm90.merge_plan(topk, width, parts)] if parts > 1 else []

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from topk_rows import best, hard_ranges, hard_rows
+from topk_rows import best, by_lax, hard_ranges, hard_rows
 
 from pallas_kernels import KeyRange, UnsupportedError, select_topk
+from pallas_kernels.dispatch import hopper_is_default
 from pallas_kernels.lightning_indexer import topk_sm90
 from tests import aot
 
@@ -47,13 +48,17 @@ def test_too_many_keys_are_refused():
     jax.eval_shape(lambda s: select(s, 5000), jax.ShapeDtypeStruct((1, 2, 90), jnp.float32))
 
 
+on_hopper = pytest.mark.skipif(not hopper_is_default(), reason="needs a Hopper GPU")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+@on_hopper
 @pytest.mark.parametrize("parts", [1, None])
 @pytest.mark.parametrize(
     ("width", "topk"), [(5001, 64), (8192, 2048), (40003, 2048), (131072, 2048), (262144, 4096)]
 )
 def test_hard_rows(width, topk, parts):
+    """Into memory that held something else, and the same bits 20 times."""
     _, rows = zip(*hard_rows(width), strict=True)
     starts, ends = hard_ranges(len(rows), width)
     scores = np.stack([*rows, *rows])
@@ -61,6 +66,7 @@ def test_hard_rows(width, topk, parts):
     ends = np.concatenate([np.full_like(ends, width), ends])
     select = jax.jit(lambda *args: topk_sm90.select_rows(*args, topk=topk, parts=parts))
     arguments = [jnp.asarray(x) for x in (scores, starts, ends)]
+    jnp.full((len(scores), topk), 7, jnp.int32).block_until_ready().delete()
     got = np.asarray(select(*arguments))
     np.testing.assert_array_equal(got, best(scores, starts, ends, topk))
     for _ in range(20):
@@ -68,10 +74,32 @@ def test_hard_rows(width, topk, parts):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
-def test_equals_the_reference():
-    scores = jax.random.normal(jax.random.key(0), (2, 300, 20000))
-    ranges = KeyRange.causal(2, 300, offset=19700)
-    want = select_topk(scores, ranges, topk=2048, implementation="xla")
-    got = select_topk(scores, ranges, topk=2048)
-    np.testing.assert_array_equal(got.indices, want.indices)
+@on_hopper
+@pytest.mark.parametrize("seed", range(16))
+def test_random_sizes_and_ranges(seed):
+    """Few rows and many, with and without ties."""
+    rng = np.random.default_rng(seed)
+    keys = int(2 ** rng.uniform(3, 17.5))
+    queries = int(rng.choice([1, 8, 64, 300]))
+    topk = int(min(2 ** rng.uniform(0, 12.01), 4096, keys))
+    scores = jax.random.normal(jax.random.key(seed), (1, queries, keys))
+    scores = jnp.round(scores * 50) if seed % 2 else scores
+    start, end = hard_ranges(queries, keys, seed)
+    ranges = KeyRange(jnp.asarray(start)[None], jnp.asarray(end)[None])
+    got = select_topk(scores, ranges, topk=topk, implementation="mosaic").indices
+    np.testing.assert_array_equal(got, by_lax(scores, ranges, topk))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("queries", [1, 8, 64])
+def test_few_rows(queries):
+    """Rows cut into segments over the SMs; None chooses the kernel."""
+    scores = jax.random.normal(jax.random.key(0), (1, queries, 131072))
+    ranges = KeyRange.causal(1, queries, offset=131072 - queries)
+    select = jax.jit(lambda scores: select_topk(scores, ranges, topk=2048).indices)
+    assert "mosaic_gpu" in select.lower(scores).as_text()
+    got = select(scores)
+    np.testing.assert_array_equal(got, by_lax(scores, ranges, 2048))
+    for _ in range(20):
+        np.testing.assert_array_equal(got, select(scores))

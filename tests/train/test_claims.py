@@ -62,7 +62,7 @@ BREAKS = [
     ("recall", set_layers("warmed", "mass_recall", [0.9, 0.68, 0.9]), 0.68 / 0.85),
     ("recency", set_layers("sparse", "selected_local", [0.3, 0.3, 0.6]), 0.6 - 0.44),
     ("longer_rows", set_far_recall, 0.71 / 0.8),
-    ("all_keys", set_check("all_keys_difference", 1e-3), 1e-3),
+    ("all_keys", set_check("all_keys_differing_rows", 0.03), 0.03),
     ("frozen", set_check("changed_frozen_arrays", 2), 2.0),
 ]
 

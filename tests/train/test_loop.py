@@ -278,6 +278,24 @@ def test_disk_that_fills_up_while_saving(warm_config, warmup, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["2", "4"]
 
 
+def test_a_save_that_failed_is_reported_before_the_next_begins(warmup, tmp_path, monkeypatch):
+    """... with what is whole on disk, and once: closing does not repeat it in Orbax's words."""
+    checkpoints = Checkpoints(tmp_path, MODEL, keep=2)
+    (tmp_path / "2").mkdir()
+    (tmp_path / "4.orbax-checkpoint-tmp").mkdir()
+
+    def fails():
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoints.manager, "wait_until_finished", fails)
+    monkeypatch.setattr(checkpoints.manager, "close", fails)
+    with pytest.raises(OSError, match="No space"):  # nothing was said yet
+        checkpoints.close()
+    with pytest.raises(SaveError, match=r"No space left on device.*step 2 is whole"):
+        checkpoints.save(6, None, None)
+    checkpoints.close()
+
+
 def test_too_little_room_is_seen_before_writing(warmup, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -1,0 +1,120 @@
+"""What the scores kernel works on: its sizes, and the arrays as it takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.hopper import indexer_tile
+from pallas_kernels.types import KeyRange
+
+_CONSUMERS = 4
+_DEFAULT_SMS = 132  # of an H100 SXM, where there is no device to ask
+_SMEM_BYTES = 232448 - 16384  # beside barriers and the tile of -inf
+
+
+class Tiling(NamedTuple):
+    """What may be tuned: keys of a tile, tiles in the ring, blocks of queries in flight."""
+
+    keys: int
+    stages: int
+    query_buffers: int
+    consumers: int = _CONSUMERS
+
+
+def default_tiling(heads: int, width: int, dtype) -> Tiling:
+    """Key tiles of 256 where two fit beside the queries, else of 128; then as many as fit.
+
+    Fewer heads mean more tokens, whose pointers and ranges live through a tile: at 128 keys they
+    all but fit the registers.
+    """
+    row = width * jnp.dtype(dtype).itemsize
+    queries = _CONSUMERS * indexer_tile.COLUMNS * row
+    buffers = 2 if 2 * queries <= _SMEM_BYTES * 2 // 3 else 1
+    room = _SMEM_BYTES - buffers * queries
+    keys = 256 if heads == 64 and room >= 2 * 256 * row else 128
+    return Tiling(keys, min(room // (keys * row), 8), buffers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is static of a call.
+
+    Attributes:
+        keys: S.
+        heads: I.
+        queries: queries of one launch.
+        tiling: sizes.
+        ctas: how many share the work.
+        fill: whether tiles that no query of a block sees are filled with -inf; else undefined.
+        interpret: `InterpretGPUParams` for interpret mode on the CPU, in tests; else None.
+    """
+
+    keys: int
+    heads: int
+    queries: int
+    tiling: Tiling
+    ctas: int
+    fill: bool = True
+    interpret: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Queries of a warpgroup."""
+        return indexer_tile.COLUMNS // self.heads
+
+    @property
+    def block(self) -> int:
+        """Queries of a CTA."""
+        return self.tokens * self.tiling.consumers
+
+
+class Operands(NamedTuple):
+    """Arguments as the kernel takes them: see `operands`."""
+
+    q: jax.Array  # [B, T' * I, H]
+    k: jax.Array  # [B, S', H]
+    w: jax.Array  # f32 [B, T'' * I]
+    start: jax.Array  # i32 [B, T''], 0 <= start, end <= S
+    end: jax.Array
+    k_scale: jax.Array | None  # f32 [B, S'']
+
+
+def operands(q, k, w, ranges: KeyRange, k_scale, problem: Problem) -> Operands:
+    """Pads what is cheap to pad to whole windows of queries and tiles of keys.
+
+    TMA clips what hangs over the end of q, k and the scores, but wants q and k to be no smaller
+    than a box and, as Mosaic tiles them, a multiple of eight rows; only other sizes copy k.
+    """
+    batch, queries, _, width = q.shape
+    keys, tile = problem.keys, problem.tiling.keys
+    rows = round_up(round_up(queries, problem.queries), problem.block)
+    q = _pad(q, 1, problem.tokens).reshape(batch, -1, width)
+    k = _pad(k, 1, max(round_up(keys, 8), tile))
+    w = _pad(w, 1, rows).reshape(batch, -1)
+    start, end = (_pad(jnp.clip(x.astype(jnp.int32), 0, keys), 1, rows) for x in ranges)
+    if k_scale is not None:
+        k_scale = _pad(k_scale, 1, round_up(keys, tile))
+    return Operands(q, k, w, start, end, k_scale)
+
+
+def _pad(x, axis: int, size: int):
+    if x.shape[axis] >= size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def round_up(x: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-x // multiple) * multiple
+
+
+def sm_count() -> int:
+    """How many SMs the device has."""
+    device = jax.devices()[0]
+    return getattr(device, "core_count", _DEFAULT_SMS) if device.platform == "gpu" else _DEFAULT_SMS

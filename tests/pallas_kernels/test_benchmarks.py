@@ -1,0 +1,75 @@
+"""What of the benchmarks can be seen without a GPU."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import ops, timing
+
+RESULTS = Path(timing.__file__).parent / "results"
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_ops_exist(name):
+    assert callable(ops.function(name))
+
+
+def test_the_flush_is_not_counted(monkeypatch):
+    """Nor is a kernel of the call taken for it, though both may have the same name."""
+    call = [("loop_add_fusion", 0.01), ("scores", 2.0), ("topk", 1.0), ("topk", 1.0)]
+
+    def seen(fn, *args, repeats=2):
+        flush = [("loop_add_fusion", 9.0)]
+        return [([] if args[0] is fn_buffer else call) + flush] * repeats
+
+    fn_buffer = jnp.zeros(1)
+    monkeypatch.setattr(timing, "_kernels", seen)
+    monkeypatch.setattr(timing, "_FLUSH_BYTES", 4)
+    monkeypatch.setattr(jnp, "zeros", lambda *_: fn_buffer)
+    found = timing.device_time(lambda x: x, jnp.ones(3))
+    assert found.median_ms == pytest.approx(4.01)
+    assert found.kernels == {"loop_add_fusion": 0.01, "scores": 2.0, "topk": 2.0}
+
+
+def test_a_call_ends_with_the_flush(monkeypatch):
+    monkeypatch.setattr(timing, "_FLUSH_BYTES", 4)
+    monkeypatch.setattr(timing, "_REST_SECONDS", 0)
+    order = []
+    cold = timing._Cold(jax.jit(lambda x: x))
+    cold.fn, cold.flush = (lambda *_, name=name: order.append(name) for name in ("call", "flush"))
+    cold(jnp.ones(2))
+    assert order == ["call", "flush"]
+
+
+def test_results_are_kept_beside_each_other(tmp_path):
+    """A figure that is measured again replaces the old one; the others stay, with their run."""
+    path = tmp_path / "results.json"
+    for run, ms in enumerate([3.0, 2.0]):
+        results = ops.Results(path)
+        results.runs.append({"number": run})
+        results.add({"op": "topk", "keys": 8, "ms": ms})
+        results.add({"op": "topk", "keys": 16 + run, "ms": ms})
+    found = json.loads(path.read_text())
+    assert found["runs"] == [{"number": 0}, {"number": 1}]
+    assert [(row["run"], row["keys"], row["ms"]) for row in found["rows"]] == [
+        (0, 16, 3.0), (1, 8, 2.0), (1, 17, 2.0),
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("indexer_*.json")), ids=lambda p: p.stem)
+def test_figure(path, tmp_path, monkeypatch):
+    """It is drawn from the results in the repository."""
+    pytest.importorskip("matplotlib")  # which the environments that only compile kernels lack
+    from benchmarks import figure
+
+    results = json.loads(path.read_text())
+    assert [keys for keys, _ in figure.points(results, "lightning_indexer")] == [
+        keys for keys, _ in figure.ceiling(results)
+    ]
+    monkeypatch.setattr("sys.argv", ["figure", str(path), str(tmp_path / "figure.png")])
+    figure.main()
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -81,7 +81,7 @@ def measure(args: Arguments) -> dict:
     shutil.rmtree(ours)
     shutil.rmtree(back)
     report["copy"].append(copy_seconds(source, args.folder / "copy"))
-    copy = min(report["copy"])
+    copy = sum(report["copy"]) / 2  # before and after: other work on the machine meets both
     report["copy_bytes_per_second"] = nbytes / copy
     report["passed"] = True
     for name in ("hf-to-orbax", "orbax-to-hf"):

@@ -11,24 +11,33 @@ from pathlib import Path
 
 from benchmarks.timing import environment, matmul_rates
 
-# An op's function takes numbers of keys, and those at which to check; it yields a row per figure.
+# Where an op's figures come from, and the matmul whose rate they are compared with. The function
+# takes numbers of keys, and those at which to check; it yields a row per figure.
 OPS = {
-    "indexer": "benchmarks.indexer:scores",
-    "topk": "benchmarks.topk:rows",
-    "fused": "benchmarks.indexer:fused",
-    "prefill": "benchmarks.indexer:prefill",
-    "sparse_attention_grad": "benchmarks.sparse_attention_grad:rows",
+    "indexer": ("benchmarks.indexer:scores", "e4m3"),
+    "topk": ("benchmarks.topk:rows", "e4m3"),
+    "fused": ("benchmarks.indexer:fused", "e4m3"),
+    "prefill": ("benchmarks.indexer:prefill", "e4m3"),
+    "dense_attention": ("benchmarks.attention:forward", "bf16"),
+    "dense_attention_grad": ("benchmarks.attention:backward", "bf16"),
+    "indexer_kl_dense": ("benchmarks.indexer_loss:dense", "bf16"),
+    "grouped_matmul": ("benchmarks.grouped:products", "bf16"),
+    "sparse_attention": ("benchmarks.sparse_attention:forward", "bf16"),
+    "sparse_attention_grad": ("benchmarks.sparse_attention_grad:rows", "bf16"),
 }
 
 
 def function(name: str) -> Callable[[Sequence[int], Sequence[int]], Iterator[dict]]:
     """The function that times an op."""
-    module, attribute = OPS[name].split(":")
+    module, attribute = OPS[name][0].split(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 # What tells one figure from another; measured again, it replaces the old one.
-IDENTITY = ("op", "kind", "rows", "queries", "keys", "topk", "workspace_bytes")
+IDENTITY = (
+    *("op", "kind", "shape", "groups", "batch", "rows"),
+    *("queries", "keys", "topk", "workspace_bytes"),
+)
 
 
 class Results:
@@ -75,7 +84,7 @@ def main() -> None:
     for name in options.ops:
         for row in function(name)(options.keys, options.check):
             if "tflops" in row:
-                row["of_matmul"] = round(row["tflops"] / rates["e4m3"], 4)
+                row["of_matmul"] = round(row["tflops"] / rates[OPS[name][1]], 4)
             results.add(row)
             print(json.dumps(row), flush=True)
 

@@ -1,6 +1,6 @@
 """The forward of sparse attention on a GPU: checked against fp32, then timed.
 
-    python -m benchmarks.sparse_attention [--kinds random recent] [--keys 8192 ..] [--json FILE]
+    python -m benchmarks.ops sparse_attention --json FILE
 
 FLOPs are counted as 2 T N K (C + R + C), what a dense product over the selected keys takes. Times
 are of the kernel and of the two reductions over the indices before it.
@@ -8,11 +8,8 @@ are of the kernel and of the two reductions over the indices before it.
 
 from __future__ import annotations
 
-import argparse
-import json
-import pathlib
+from collections.abc import Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -112,6 +109,7 @@ def measure(kind: str, keys: int, batch: int = 1, queries: int = T) -> dict:
 
     time = timing.device_time(run, q, kv, jnp.asarray(rows))
     return {
+        "op": "sparse_attention",
         "kind": kind,
         "batch": batch,
         "queries": queries,
@@ -122,27 +120,10 @@ def measure(kind: str, keys: int, batch: int = 1, queries: int = T) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kinds", nargs="*", default=list(SELECTIONS), choices=list(SELECTIONS))
-    parser.add_argument("--keys", type=int, nargs="*", default=KEYS)
-    parser.add_argument("--decode", action="store_true", help="128 rows of the batch, a query each")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
-    options = parser.parse_args()
-    report: dict = {"environment": timing.environment(), "check": check()}
-    print(json.dumps(report), flush=True)
-    report["rows"] = []
-    shapes = [(kind, keys, 1, T) for keys in options.keys for kind in options.kinds]
-    shapes += [("random", 32768, 128, 1)] if options.decode else []
-    for kind, keys, batch, queries in shapes:
-        report["rows"].append(measure(kind, keys, batch, queries))
-        print(json.dumps(report["rows"][-1]), flush=True)
-    report["matmul"] = timing.matmul_rates()
-    report["device"] = str(jax.devices()[0].device_kind)
-    print(json.dumps(report["matmul"]))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+def forward(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
+    """Every kind of selection at each number of keys, and decode: a query each of 128 rows."""
+    errors = check() if check_at else {}
+    for width in keys:
+        for kind in SELECTIONS:
+            yield measure(kind, width) | (errors if width in check_at else {})
+    yield measure("random", 32768, batch=128, queries=1)

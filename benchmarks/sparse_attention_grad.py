@@ -80,7 +80,7 @@ def measure(keys: int, kind: str) -> dict:
         "ms": round(time.median_ms, 4),
         "min_ms": round(time.min_ms, 4),
         "max_ms": round(time.max_ms, 4),
-        "bf16_tflops": round(time.tflops(FLOP), 1),
+        "tflops": round(time.tflops(FLOP), 1),
         "kernels_ms": {name[:40]: round(ms, 3) for name, ms in largest},
     }
 

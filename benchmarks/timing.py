@@ -98,6 +98,7 @@ def _kernels(fn: Callable[..., Any], *args: Any, repeats: int = 2) -> Runs:
     return cast(Runs, timings)
 
 
+@functools.cache
 def matmul_rates(size: int = 8192) -> dict[str, float]:
     """TFLOP/s of a square bf16 and e4m3 matmul through XLA's library calls, on random data."""
     keys = jax.random.split(jax.random.key(0))

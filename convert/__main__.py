@@ -35,8 +35,14 @@ class Conversion:
     """Of the weights. `keep` copies their bits, FP8 with its block scales."""
     distributed: bool = False
     """Share the work with the other processes of this run: each runs the same command, and they
-    find each other as `jax.distributed.initialize` does (Slurm, Open MPI, Kubernetes, or
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID)."""
+    find each other as `jax.distributed.initialize` does: by themselves on Slurm, Open MPI and
+    Kubernetes, elsewhere by the three options below."""
+    coordinator: str | None = None
+    """With `distributed`: host:port of process 0."""
+    num_processes: int | None = None
+    """With `distributed`: how many there are."""
+    process_id: int | None = None
+    """With `distributed`: which this one is."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _compare(command, console)
             return 0
         if command.distributed:
-            jax.distributed.initialize()
+            jax.distributed.initialize(
+                command.coordinator, command.num_processes, command.process_id
+            )
         command.run()
     except (ValueError, OSError, ModuleNotFoundError) as error:
         console.print(f"[red]{type(error).__name__}[/]: ", end="")

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol
 
 import jax
 import numpy as np
 
+from convert.folder_writer import FolderWriter
 from convert.ours import OurFolder, companions, to_ours
 from convert.progress import Progress
 from convert.rules import hf_scale
 from convert.safetensors import ConvertError, SafetensorsFile, SafetensorsWriter, shard
 from convert.source import DType, Plan, Source, Tensor, converted, plan
 from dsa_jax.config import ModelConfig
-from dsa_jax.folder import NewFolder, refuse_existing
+from dsa_jax.folder import refuse_existing, write_json
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -200,7 +197,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return names
 
 
-class HuggingFaceWriter:
+class HuggingFaceWriter(FolderWriter):
     """Writes a folder of safetensors files, which appears only when the block ends well.
 
     Of a run of several processes each writes files of its own.
@@ -212,9 +209,7 @@ class HuggingFaceWriter:
     """
 
     def __init__(self, path: str | Path, todo: Plan, shard_bytes: int = SHARD_BYTES):
-        self._new = NewFolder(path)
-        self.path = self._new.path
-        self._config = todo.config
+        super().__init__(path, todo.config)
         self._shards: list[dict[str, Tensor]] = []
         self._owner: list[int] = []
         for process, share in enumerate(_shares(todo, jax.process_count())):
@@ -224,12 +219,6 @@ class HuggingFaceWriter:
         count = len(self._shards)
         self._names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         self._file = {name: i for i, tensors in enumerate(self._shards) for name in tensors}
-        self._open: dict[int, SafetensorsWriter] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._stack.enter_context(self._new)
-        return self
 
     def takes(self, name: str) -> bool:
         """Whether a tensor is this process's to write."""
@@ -238,39 +227,14 @@ class HuggingFaceWriter:
     def write(self, name: str, start: int, rows: np.ndarray) -> None:
         """Writes rows `start`, ... of a tensor."""
         i = self._file[name]
-        if i not in self._open:
+        if i not in self._files:
             path = self._new.folder / self._names[i]
-            self._open[i] = SafetensorsWriter(path, self._shards[i])
-        self._open[i].write(name, start, rows)
-        if self._open[i].complete:
-            self._open.pop(i).close()
+            self._files[i] = SafetensorsWriter(path, self._shards[i])
+        self._files[i].write(name, start, rows)
+        if self._files[i].complete:
+            self._files.pop(i).close()
 
-    def copy(self, files: list[Path]) -> None:
-        """Copies files into the folder."""
-        if jax.process_index() == 0:
-            for file in files:
-                shutil.copyfile(file, self._new.folder / file.name)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for file in self._open.values():
-            file.close()
-        try:
-            if kind is None:
-                assert not self._open, "not all tensors were written"
-                self._finish()
-        except BaseException as failure:
-            self._stack.__exit__(type(failure), failure, failure.__traceback__)
-            raise
-        self._stack.__exit__(kind, error, traceback)
-
-    def _finish(self) -> None:
-        if jax.process_index() != 0:
-            return
+    def _write_rest(self) -> None:
         total = sum(tensor.nbytes for tensors in self._shards for tensor in tensors.values())
         index = {
             "metadata": {"total_size": total},
@@ -288,11 +252,3 @@ def _shares(todo: Plan, count: int) -> list[dict[str, Tensor]]:
     for tensors, end in zip(leaves, sizes, strict=True):
         shares[min(int((end - 1) * count // sizes[-1]), count - 1)] |= tensors
     return shares
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A new file, on the disk when this returns."""
-    with open(path, "x", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())

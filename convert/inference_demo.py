@@ -7,23 +7,21 @@ experts, and all of what is not split: norms, router, indexer. There are no extr
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 
-from convert.huggingface import write_json, write_tensors
+from convert.folder_writer import FolderWriter
+from convert.huggingface import write_tensors
 from convert.ours import OurFolder, companions, to_ours
 from convert.rules import Entry, demo_scale, entries, hf_scale
 from convert.safetensors import ConvertError, SafetensorsFile, SafetensorsWriter
 from convert.source import DType, Plan, Tensor, plan
 from dsa_jax.config import ModelConfig
-from dsa_jax.folder import NewFolder, refuse_existing
+from dsa_jax.folder import refuse_existing, write_json
 from dsa_jax.hf_config import load_json
 
 _FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
@@ -302,7 +300,7 @@ def to_demo_config(config: ModelConfig) -> dict[str, Any]:
     return demo
 
 
-class DemoWriter:
+class DemoWriter(FolderWriter):
     """Writes the demo's files; they appear only when the block ends well.
 
     Of a run of several processes each writes every so-many-th file.
@@ -318,9 +316,7 @@ class DemoWriter:
 
     def __init__(self, path: str | Path, todo: Plan, count: int):
         _check_divides(todo, count)
-        self._new = NewFolder(path)
-        self.path = self._new.path
-        self._config = todo.config
+        super().__init__(path, todo.config)
         self._places = {
             name: place for leaf in todo.leaves for name, place in _places(leaf.entry, count)
         }
@@ -331,11 +327,9 @@ class DemoWriter:
                 for i in place.files:
                     self._contents[i][place.name] = place.piece(tensor)
         self._mine = range(jax.process_index(), count, jax.process_count())
-        self._files: dict[int, SafetensorsWriter] = {}
-        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(self._new)
+        super().__enter__()
         for i in self._mine:
             path = self._new.folder / f"model{i}-mp{len(self._contents)}.safetensors"
             self._files[i] = SafetensorsWriter(path, self._contents[i])
@@ -365,30 +359,9 @@ class DemoWriter:
                     part = rows[low - start : high - start]
                     self._files[i].write(place.name, low - number * height, part)
 
-    def copy(self, files: list[Path]) -> None:
-        """Copies files into the folder."""
-        if jax.process_index() == 0:
-            for file in files:
-                shutil.copyfile(file, self._new.folder / file.name)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for file in self._files.values():
-            file.close()
-        try:
-            if kind is None:
-                assert all(file.complete for file in self._files.values()), "not all was written"
-                if jax.process_index() == 0:
-                    write_json(self._new.folder / "config.json", self._config.to_hf())
-                    write_json(self._new.folder / DEMO_CONFIG, to_demo_config(self._config))
-        except BaseException as failure:
-            self._stack.__exit__(type(failure), failure, failure.__traceback__)
-            raise
-        self._stack.__exit__(kind, error, traceback)
+    def _write_rest(self) -> None:
+        write_json(self._new.folder / "config.json", self._config.to_hf())
+        write_json(self._new.folder / DEMO_CONFIG, to_demo_config(self._config))
 
 
 def _check_divides(todo: Plan, count: int) -> None:

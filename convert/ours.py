@@ -6,7 +6,6 @@ CPU devices of each: `Cut` says how. Each process reads, converts and writes its
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,8 @@ from dsa_jax.store import CheckpointReader, CheckpointWriter
 _GROUP_BYTES = 2**28
 # Leaves are not cut into smaller pieces than this.
 _PIECE_BYTES = 2**26
+# For the scales of a leaf, and for what alignment leaves empty.
+_SLACK_BYTES = 2**22
 _THREADS = ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8))
 # Of files that go with the weights.
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
@@ -114,6 +115,32 @@ class OurFolder:
         return found
 
 
+class Memory:
+    """Memory that one leaf after the other lies in.
+
+    To get memory from the system, and from a virtual machine's host, takes longer than to fill it.
+    """
+
+    def __init__(self, size: int):
+        self._raw = np.empty(size, np.uint8)
+        self._used = 0
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array whose memory JAX can use as it is; from elsewhere if none is left."""
+        size = math.prod(shape) * dtype.itemsize
+        start = self._used + -(self._raw.ctypes.data + self._used) % 64
+        if start + size > len(self._raw):
+            raw = np.empty(size + 64, np.uint8)
+            start = -raw.ctypes.data % 64
+        else:
+            raw, self._used = self._raw, start + size
+        return raw[start : start + size].view(dtype).reshape(shape)
+
+    def clear(self) -> None:
+        """What was taken is no longer used."""
+        self._used = 0
+
+
 class Cut(NamedTuple):
     """How a leaf is cut: over processes along E or their rows, over devices along their columns."""
 
@@ -149,13 +176,20 @@ class Cut(NamedTuple):
 class _Parts:
     """This process's pieces of an array that is cut over devices."""
 
-    def __init__(self, entry: Entry, shape: tuple[int, ...], dtype: np.dtype, where: NamedSharding):
+    def __init__(
+        self,
+        entry: Entry,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        where: NamedSharding,
+        memory: Memory,
+    ):
         self._entry, self._shape, self._where = entry, shape, where
         self._pieces = []
         for device, index in where.addressable_devices_indices_map(shape).items():
             assert index is not None
             ranges = [range(*i.indices(n)) for i, n in zip(index, shape, strict=True)]
-            self._pieces.append((device, ranges, _aligned(tuple(map(len, ranges)), dtype)))
+            self._pieces.append((device, ranges, memory.take(tuple(map(len, ranges)), dtype)))
 
     @property
     def experts(self) -> range:
@@ -195,14 +229,6 @@ class _Parts:
         return jax.make_array_from_single_device_arrays(self._shape, self._where, arrays)
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array whose memory JAX can use as it is."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
 def to_ours(
     source: Source, path: str | Path, *, dtype: DType = "keep", mtp: bool = True
 ) -> ModelConfig:
@@ -214,34 +240,38 @@ def to_ours(
         Progress(f"writing {path}", todo.nbytes) as progress,
     ):
         writer.copy(source.companions)
+        largest = max(math.prod(leaf.entry.shape) * leaf.wanted.itemsize for leaf in todo.leaves)
+        memory = Memory((max(largest, _GROUP_BYTES) + _SLACK_BYTES) // jax.process_count())
         group: dict[KeyPath, jax.Array] = {}
         for leaf in todo.leaves:
             size = math.prod(leaf.entry.shape) * leaf.wanted.itemsize
             if group and sum(made.nbytes for made in group.values()) + size > _GROUP_BYTES:
-                _write(writer, group)
-            group |= _make(source, todo, leaf, progress)
-        _write(writer, group)
+                _write(writer, group, memory)
+            group |= _make(source, todo, leaf, memory, progress)
+        _write(writer, group, memory)
     return todo.config
 
 
-def _write(writer: CheckpointWriter, group: dict[KeyPath, jax.Array]) -> None:
-    """Writes leaves and frees their memory, whoever else still refers to them."""
+def _write(writer: CheckpointWriter, group: dict[KeyPath, jax.Array], memory: Memory) -> None:
+    """Writes leaves; their memory is then for others."""
     writer.write(nest(group))
     for leaf in group.values():
         leaf.delete()
     group.clear()
-    gc.collect()  # Orbax leaves them in a circle of references
+    memory.clear()
 
 
-def _make(source: Source, todo: Plan, leaf: Leaf, progress: Progress) -> dict[KeyPath, jax.Array]:
+def _make(
+    source: Source, todo: Plan, leaf: Leaf, memory: Memory, progress: Progress
+) -> dict[KeyPath, jax.Array]:
     """The leaf, and its scales if it is in FP8."""
     entry = leaf.entry
     cut = Cut.of(leaf, todo.tile_rows)
-    parts, scales = _Parts(entry, entry.shape, leaf.wanted, cut.sharding), None
+    parts, scales = _Parts(entry, entry.shape, leaf.wanted, cut.sharding, memory), None
     if leaf.scales_out:
         assert todo.fp8 is not None
         shape = entry.scale_shape(todo.fp8)
-        scales = _Parts(entry, shape, weights.F32, cut.scale_sharding)
+        scales = _Parts(entry, shape, weights.F32, cut.scale_sharding, memory)
     for expert in parts.experts:
         for rows in converted(source, todo, leaf, entry.names[expert], parts.rows):
             parts.put(expert, rows.start, rows.value)

@@ -20,15 +20,17 @@ width.
 
 from dsa_jax import presets
 from dsa_jax.cache import Cache, init_cache
-from dsa_jax.checkpoint import CheckpointError, load, load_config, save
+from dsa_jax.checkpoint import CheckpointError, load, load_config, load_mtp, save
 from dsa_jax.config import ModelConfig, Numerics, Yarn
 from dsa_jax.counts import param_count
 from dsa_jax.generate import Generation, generate
 from dsa_jax.mla import AttentionState
+from dsa_jax.mtp import MTP
 from dsa_jax.sharding import MeshConfig, Rules, make_mesh
 from dsa_jax.transformer import Transformer, TransformerOutput
 
 __all__ = [
+    "MTP",
     "AttentionState",
     "Cache",
     "CheckpointError",
@@ -44,6 +46,7 @@ __all__ = [
     "init_cache",
     "load",
     "load_config",
+    "load_mtp",
     "make_mesh",
     "param_count",
     "presets",

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import secrets
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -100,10 +102,24 @@ class NewFolder:
             _sync_folder(self.path.parent)
         self.together("renamed")
 
+    def copy(self, files: Iterable[Path]) -> None:
+        """Copies files into the folder, a tokenizer's for example."""
+        if jax.process_index() == 0:
+            for file in files:
+                shutil.copyfile(file, self.folder / file.name)
+
     def together(self, moment: str) -> None:
         """Waits for the other processes to reach the same moment."""
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"{self.folder.name} {moment}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A new file, on the disk when this returns."""
+    with open(path, "x", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _lock(folder: Path) -> int:

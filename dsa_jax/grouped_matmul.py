@@ -1,8 +1,8 @@
 """One matrix product per group of consecutive rows: the experts' matmul.
 
-`grouped_matmul` is the one place where a back end chooses how. `jax.lax.ragged_dot` serves by
-default; on a CPU, where XLA expands it into a product with every group's matrix, tiles of rows do
-five to seven times better at the sizes a CPU is used for.
+`grouped_matmul` is the one place where a back end chooses how. On a Hopper GPU kernels serve bf16.
+`jax.lax.ragged_dot` serves by default; on a CPU, where XLA expands it into a product with every
+group's matrix, tiles of rows do five to seven times better at the sizes a CPU is used for.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import choose
+from pallas_kernels.grouped_matmul import sm90
 
 # The CPU form copies one weight matrix per tile of rows; above this it gives way to ragged_dot.
 _TILED_WEIGHT_BYTES = 256 * 2**20
@@ -26,7 +29,13 @@ def grouped_matmul(
         w: one matrix a group.
         group_sizes: rows of each group, summing to M; zero is allowed.
     """
+    if _kernel_serves(x, w):
+        return sm90.multiply(x, w, group_sizes)
     return jax.lax.platform_dependent(x, w, group_sizes, cpu=_on_cpu, default=jax.lax.ragged_dot)
+
+
+def _kernel_serves(x: Array, w: Array) -> bool:
+    return choose("grouped_matmul", None, sm90.unsupported(x, w)) == "mosaic"
 
 
 def _forward(x, w, group_sizes):
@@ -34,6 +43,10 @@ def _forward(x, w, group_sizes):
 
 
 def _backward(residuals, g):
+    x, w, group_sizes = residuals
+    if _kernel_serves(x, w):
+        return *sm90.gradients(x, w, group_sizes, g.astype(x.dtype)), None
+
     # Written out so that no back end keeps another one's residuals.
     def gradient(form):
         def run(x, w, group_sizes, g):

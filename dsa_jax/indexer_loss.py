@@ -19,7 +19,7 @@ from jaxtyping import Array, Float32
 from dsa_jax.config import Numerics
 from dsa_jax.indexer import Indexer, for_loss
 from dsa_jax.rope import Rotation
-from pallas_kernels import KeyRange, Selection, indexer_kl_dense, indexer_kl_sparse
+from pallas_kernels import KeyRange, Selection, indexer_kl_dense_loss, indexer_kl_sparse
 
 # Remat policies keep this, or the backward pass would run the loss a second time.
 GRADIENT_NAME = "indexer_gradient"
@@ -53,10 +53,15 @@ def leaf_loss(loss: Callable[[Any, Any], Array], params: Any, inputs: Any) -> Ar
     return value(params, jax.lax.stop_gradient(inputs))
 
 
-def mean_over_rows(kl: Float32[Array, "B T"], ranges: KeyRange) -> Float32[Array, ""]:
-    """Mean over the queries that see a key: padding has no part in it."""
+def row_weights(ranges: KeyRange) -> Float32[Array, "B T"]:
+    """What makes a sum over queries a mean over those that see a key: padding has no part in it."""
     rows = ranges.end > ranges.start
-    return jnp.where(rows, kl, 0.0).sum() / jnp.maximum(rows.sum(), 1)
+    return rows.astype(jnp.float32) / jnp.maximum(rows.sum(), 1)
+
+
+def mean_over_rows(kl: Float32[Array, "B T"], ranges: KeyRange) -> Float32[Array, ""]:
+    """Mean over the queries that see a key."""
+    return (row_weights(ranges) * kl).sum()
 
 
 def dense_loss(
@@ -83,7 +88,9 @@ def dense_loss(
     def loss(indexer: Indexer, inputs: Any) -> Array:
         tokens, (q, k, lse), ranges = inputs
         iq, ik, iw, _ = for_loss(indexer(*tokens), numerics)
-        return mean_over_rows(indexer_kl_dense(iq, ik, iw, q, k, lse, ranges, scale=scale), ranges)
+        # A mean's weights are known beforehand: so value and gradient share one target.
+        weights = row_weights(ranges)
+        return indexer_kl_dense_loss(iq, ik, iw, q, k, lse, ranges, weights, scale=scale)
 
     return leaf_loss(loss, indexer, (tokens, target, ranges))
 

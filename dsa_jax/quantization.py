@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from dsa_jax.config import ScaleFormat
+from dsa_jax.config_parts import ScaleFormat
 
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0

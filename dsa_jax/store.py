@@ -9,10 +9,7 @@ Orbax's experimental interface and the place of its files are known here and now
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,7 +24,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 import tensorstore
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.folder import NewFolder, local_path
+from dsa_jax.folder import NewFolder, local_path, write_json
 from dsa_jax.layer_tree import KeyPath, flatten, nest
 
 # Larger leaves are stored in chunks of at most this many bytes, so that a device that needs a slice
@@ -85,9 +82,7 @@ class CheckpointWriter:
 
     def copy(self, files: Iterable[Path]) -> None:
         """Copies files into the folder, a tokenizer's for example."""
-        if jax.process_index() == 0:
-            for file in files:
-                shutil.copyfile(file, self._new.folder / file.name)
+        self._new.copy(files)
 
     def __exit__(
         self,
@@ -109,10 +104,7 @@ class CheckpointWriter:
         with _orbax():
             ocp.partial.finalize(str(self._new.folder / "params"))
         if jax.process_index() == 0:
-            with open(self._new.folder / "config.json", "w", encoding="utf-8") as file:
-                json.dump(self._config.to_hf(), file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
+            write_json(self._new.folder / "config.json", self._config.to_hf())
 
     def _failed(self, error: Exception) -> CheckpointError:
         return CheckpointError(f"could not save to {self.path}, nothing is there: {_line(error)}")
@@ -186,6 +178,7 @@ class CheckpointReader:
                 # Few chunks under way at a time: each is memory beyond the leaf.
                 "context": {"file_io_concurrency": {"limit": 4}},
             }
+            # Not `write` into an array of ours: it copies every chunk before it places the first.
             return tensorstore.open(spec, read=True).result().read().result()
         except Exception as error:
             raise self._damaged(name, error) from error

@@ -2,7 +2,11 @@
 
 from pallas_kernels.dense_attention.api import dense_attention
 from pallas_kernels.dispatch import UnsupportedError
-from pallas_kernels.indexer_loss.api import indexer_kl_dense, indexer_kl_sparse
+from pallas_kernels.indexer_loss.api import (
+    indexer_kl_dense,
+    indexer_kl_dense_loss,
+    indexer_kl_sparse,
+)
 from pallas_kernels.lightning_indexer.api import indexer_scores, lightning_indexer, select_topk
 from pallas_kernels.sparse_attention.api import sparse_attention, sparse_attention_decode
 from pallas_kernels.sparse_attention.pages import Fp8Pages
@@ -15,6 +19,7 @@ __all__ = [
     "UnsupportedError",
     "dense_attention",
     "indexer_kl_dense",
+    "indexer_kl_dense_loss",
     "indexer_kl_sparse",
     "indexer_scores",
     "lightning_indexer",

@@ -110,7 +110,7 @@ def _cpu() -> Preset:
         long_length=512,
         batch_size=8,
         compute_dtype="float32",
-        dense=StagePlan(1700, rate=4e-3, indexer_rate=0.0, final_fraction=0.05),
+        dense=StagePlan(2000, rate=4e-3, indexer_rate=0.0, final_fraction=0.05),
         warmup=StagePlan(200, rate=0.0, indexer_rate=5e-3),
         sparse=StagePlan(300, rate=1e-3, indexer_rate=1e-3),
         scored_rows=128,
@@ -152,7 +152,7 @@ def _smoke() -> Preset:
         sink=4,
         buckets=(8, 16, 32, 64, 96, 128),
         cost_shape=LayerShape(heads=16, indexer_heads=8, topk=128),
-        cost_positions=(64, 256, 1024),
+        cost_positions=(64, 1024),
         quick_compiles=True,
     )
 

@@ -9,18 +9,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import checks
-from pallas_kernels.dense_attention import reference
+from pallas_kernels.dense_attention import backward_sm90, forward_sm90, reference
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.tiling import WORKSPACE_BYTES, vary_like
 from pallas_kernels.types import KeyRange
 
-# A kernel goes in here, beside the reference, and its limits into `_unsupported`.
-_ATTEND = {"xla": (reference.forward, reference.backward)}
-
-
-def _unsupported() -> str | None:
-    """Why the Mosaic kernel cannot serve a call; None where it can."""
-    return "this op has no Mosaic kernel yet"
+_ATTEND = {
+    "xla": (reference.forward, reference.backward),
+    "mosaic": (forward_sm90.forward, backward_sm90.backward),
+}
 
 
 def dense_attention(
@@ -72,7 +69,7 @@ def dense_attention(
     config = _Config(
         scale=checks.scale(op, scale),
         workspace_bytes=checks.positive_int(op, "workspace_bytes", workspace_bytes),
-        implementation=choose(op, implementation, _unsupported()),
+        implementation=choose(op, implementation, forward_sm90.unsupported(q, v)),
     )
     arguments = (q, k, v, ranges)
     return _attend(*vary_like(arguments, arguments), config)
@@ -86,7 +83,8 @@ class _Config(NamedTuple):
 
 def _run(q, k, v, ranges, config: _Config) -> tuple[jax.Array, jax.Array]:
     forward, _ = _ATTEND[config.implementation]
-    return forward(q, k, v, ranges, scale=config.scale, workspace_bytes=config.workspace_bytes)
+    results = forward(q, k, v, ranges, scale=config.scale, workspace_bytes=config.workspace_bytes)
+    return vary_like(results, (q, k, v))  # kernels do not say that they do
 
 
 def _attend_forward(q, k, v, ranges, config):
@@ -101,7 +99,7 @@ def _attend_backward(config, residuals, gradients):
     dq, dk, dv = backward(
         *residuals, *gradients, scale=config.scale, workspace_bytes=config.workspace_bytes
     )
-    return dq, dk, dv, None
+    return *vary_like((dq, dk, dv), residuals), None
 
 
 _attend = jax.custom_vjp(_run, nondiff_argnums=(4,))

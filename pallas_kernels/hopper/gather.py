@@ -26,11 +26,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
 
+from pallas_kernels.hopper.tiles import CHUNK, SWIZZLED
+
 LANES = 128
-# How a bf16 tile lies in SMEM: 8 rows of 64 columns (1 KB) at a time, 16-byte pieces permuted.
-TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-TILE_COLUMNS = 64
-_TILE_BYTES = 8 * TILE_COLUMNS * 2
+_TILE_BYTES = 8 * CHUNK * 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +123,7 @@ def gather_rows(
     Args:
         table: GMEM `[.., D]`, bf16, rows contiguous.
         indices: SMEM i32 `[r]`, r a multiple of 16.
-        tile: SMEM bf16 `[r, C]`, laid out as `TILE`.
+        tile: SMEM bf16 `[r, C]`, laid out as `tiles.SWIZZLED`.
         landing: where the copies arrive.
         slot: which barrier of it.
         first_row: added to every index.
@@ -140,14 +139,14 @@ def gather_rows(
         return
     row_bytes = 2 * table.shape[-1]
     count, width = tile.shape
-    eight_rows = width // TILE_COLUMNS * _TILE_BYTES
-    chunks = range(columns[0] // TILE_COLUMNS, columns[1] // TILE_COLUMNS)
+    eight_rows = width // CHUNK * _TILE_BYTES
+    chunks = range(columns[0] // CHUNK, columns[1] // CHUNK)
 
     @plgpu.inline_mgpu(
         arg_types=(
             plgpu.RefType(),
             plgpu.RefType(),
-            plgpu.RefType(TILE),
+            plgpu.RefType(SWIZZLED),
             plgpu.RefType(),
             plgpu.Layout.WG_SPLAT,
             plgpu.Layout.WG_SPLAT,
@@ -172,6 +171,7 @@ def gather_rows(
         start = arith.addi(arith.muli(piece, word(16)), word(2 * first_column))
         source = arith.addi(llvm.ptrtoint(i64, pointer), arith.extui(i64, start))
         base = arith.extsi(i64, first_row.registers.item())
+        source = arith.addi(source, arith.muli(base, arith.constant(i64, row_bytes)))
         wanted = []
         for step in range(count // 16):
             at = arith.addi(row, word(16 * step))
@@ -180,12 +180,15 @@ def gather_rows(
             inside = arith.cmpi(arith.CmpIPredicate.ult, index, word(rows))
             index = arith.select(inside, index, word(0))
             size = arith.select(inside, word(16), word(0))  # 0 reads nothing and writes zeros
-            number = arith.addi(base, arith.extui(i64, index))
-            address = arith.addi(source, arith.muli(number, arith.constant(i64, row_bytes)))
+            if rows * row_bytes <= 2**32:
+                offset = arith.extui(i64, arith.muli(index, word(row_bytes)))
+            else:
+                offset = arith.muli(arith.extui(i64, index), arith.constant(i64, row_bytes))
+            address = arith.addi(source, offset)
             copies = "\n".join(
                 "cp.async.cg.shared.global.L2::128B "
                 f"[$2 + {2 * step * eight_rows + chunk * _TILE_BYTES}], "
-                f"[$0 + {chunk * 2 * TILE_COLUMNS}], 16, $1;"
+                f"[$0 + {chunk * 2 * CHUNK}], 16, $1;"
                 for chunk in chunks
             )
             utils.inline_ptx(copies, address, size, target, has_side_effects=True)

@@ -10,18 +10,17 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import checks
 from pallas_kernels.dispatch import Implementation, choose
-from pallas_kernels.indexer_loss import reference
+from pallas_kernels.indexer_loss import dense_sm90, reference
 from pallas_kernels.tiling import WORKSPACE_BYTES, vary_like
 from pallas_kernels.types import KeyRange, Selection
 
-# A kernel goes in here, beside the reference, and its limits into the `_unsupported` of the op.
-_DENSE = {"xla": (reference.dense_forward, reference.dense_backward)}
+# A kernel goes in here, beside the reference; its limits into what `choose` is told.
+_DENSE = {
+    "xla": (reference.dense_forward, reference.dense_backward),
+    "mosaic": (dense_sm90.forward, dense_sm90.backward),
+}
+_DENSE_AT_ONCE = {"xla": reference.dense_forward_and_backward, "mosaic": dense_sm90.run}
 _SPARSE = {"xla": (reference.sparse_forward, reference.sparse_backward)}
-
-
-def _unsupported() -> str | None:
-    """Why the Mosaic kernel cannot serve a call; None where it can."""
-    return "this op has no Mosaic kernel yet"
 
 
 def indexer_kl_dense(
@@ -69,19 +68,52 @@ def indexer_kl_dense(
         UnsupportedError: `implementation` cannot serve the call.
     """
     op = "indexer_kl_dense"
-    checks.ranges(op, ranges)
-    arrays = {
-        **_indexer_shapes(iq, ik, iw),
-        "q": (q, "B T N P+R"),
-        "k": (k, "B S N P+R"),
-        "lse": (lse, "B T N"),
-    }
-    checks.shapes(op, {**arrays, **checks.range_shapes(ranges)})
-    _check_indexer(op, iq, ik, iw, lse)
-    checks.dtype(op, checks.FLOATS, q=q, k=k)
-    config = _config(op, scale, workspace_bytes, implementation)
+    config = _check_dense(op, iq, ik, iw, q, k, lse, ranges, scale, workspace_bytes, implementation)
     arguments = (iq, ik, iw, *jax.lax.stop_gradient((q, k, lse)), ranges)
     return _dense(*vary_like(arguments, arguments), config)
+
+
+def indexer_kl_dense_loss(
+    iq: Float[Array, "B T I H"],
+    ik: Float[Array, "B S H"],
+    iw: Float32[Array, "B T I"],
+    q: Float[Array, "B T N P+R"],
+    k: Float[Array, "B S N P+R"],
+    lse: Float32[Array, "B T N"],
+    ranges: KeyRange,
+    row_weights: Float32[Array, "B T"],
+    *,
+    scale: float,
+    implementation: Implementation = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> Float32[Array, ""]:
+    """`(row_weights * indexer_kl_dense(...)).sum()`, its gradient taken in the same pass.
+
+    The target is what costs most, and the value and the gradient both need it. Where the weight of
+    each row is known beforehand, as in a mean, differentiation computes the gradient along with
+    the value, building the target once, and keeps it (as large as iq, ik and iw) for the backward
+    pass, which only multiplies by the incoming scalar. Undifferentiated, it computes the value
+    alone.
+
+    Args:
+        iq, ik, iw, q, k, lse, ranges, scale, implementation, workspace_bytes: as in
+            `indexer_kl_dense`.
+        row_weights: factor of each query's divergence, detached.
+
+    Returns:
+        The weighted sum, in nats.
+
+    Raises:
+        ValueError, TypeError: arguments that contradict each other.
+        UnsupportedError: `implementation` cannot serve the call.
+    """
+    op = "indexer_kl_dense_loss"
+    config = _check_dense(op, iq, ik, iw, q, k, lse, ranges, scale, workspace_bytes, implementation)
+    checks.shapes(op, {"iq": (iq, "B T I H"), "row_weights": (row_weights, "B T")})
+    checks.dtype(op, (jnp.float32,), row_weights=row_weights)
+    arguments = (iq, ik, iw, *jax.lax.stop_gradient((q, k, lse)), ranges)
+    arguments = (*arguments, jax.lax.stop_gradient(row_weights))
+    return _dense_loss(*vary_like(arguments, arguments), config)
 
 
 def indexer_kl_sparse(
@@ -141,7 +173,7 @@ def indexer_kl_sparse(
     checks.shapes(op, arrays)
     _check_indexer(op, iq, ik, iw, lse)
     checks.dtype(op, checks.FLOATS, q=q, kv=kv)
-    config = _config(op, scale, workspace_bytes, implementation)
+    config = _config(op, scale, workspace_bytes, implementation, "this op has no Mosaic kernel yet")
     arguments = (iq, ik, iw, *jax.lax.stop_gradient((q, kv, lse)), selection.indices)
     return _sparse(*vary_like(arguments, arguments), config)
 
@@ -152,12 +184,27 @@ class _Config(NamedTuple):
     implementation: str
 
 
-def _config(op, scale, workspace_bytes, implementation) -> _Config:
+def _config(op, scale, workspace_bytes, implementation, unsupported) -> _Config:
     return _Config(
         scale=checks.scale(op, scale),
         workspace_bytes=checks.positive_int(op, "workspace_bytes", workspace_bytes),
-        implementation=choose(op, implementation, _unsupported()),
+        implementation=choose(op, implementation, unsupported),
     )
+
+
+def _check_dense(op, iq, ik, iw, q, k, lse, ranges, scale, workspace_bytes, implementation):
+    checks.ranges(op, ranges)
+    arrays = {
+        **_indexer_shapes(iq, ik, iw),
+        "q": (q, "B T N P+R"),
+        "k": (k, "B S N P+R"),
+        "lse": (lse, "B T N"),
+    }
+    checks.shapes(op, {**arrays, **checks.range_shapes(ranges)})
+    _check_indexer(op, iq, ik, iw, lse)
+    checks.dtype(op, checks.FLOATS, q=q, k=k)
+    unsupported = dense_sm90.unsupported(iq, ik, q, k)
+    return _config(op, scale, workspace_bytes, implementation, unsupported)
 
 
 def _indexer_shapes(iq, ik, iw):
@@ -172,9 +219,10 @@ def _check_indexer(op, iq, ik, iw, lse):
 
 def _run_dense(iq, ik, iw, q, k, lse, ranges, config: _Config):
     forward, _ = _DENSE[config.implementation]
-    return forward(
+    kl = forward(
         iq, ik, iw, q, k, lse, ranges, scale=config.scale, workspace_bytes=config.workspace_bytes
     )
+    return vary_like(kl, (iq, ik, iw, q, k))  # kernels do not say that they do
 
 
 def _dense_forward(iq, ik, iw, q, k, lse, ranges, config):
@@ -186,11 +234,34 @@ def _dense_backward(config, residuals, g):
     diq, dik, diw = backward(
         *residuals, g, scale=config.scale, workspace_bytes=config.workspace_bytes
     )
-    return diq, dik, diw, None, None, None, None
+    return *vary_like((diq, dik, diw), residuals), None, None, None, None
 
 
 _dense = jax.custom_vjp(_run_dense, nondiff_argnums=(7,))
 _dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _run_dense_loss(iq, ik, iw, q, k, lse, ranges, row_weights, config: _Config):
+    return (row_weights * _run_dense(iq, ik, iw, q, k, lse, ranges, config)).sum()
+
+
+def _dense_loss_forward(iq, ik, iw, q, k, lse, ranges, row_weights, config):
+    run = _DENSE_AT_ONCE[config.implementation]
+    kl, gradient = run(
+        iq, ik, iw, q, k, lse, ranges, row_weights,
+        scale=config.scale, workspace_bytes=config.workspace_bytes,
+    )  # fmt: skip
+    kl, gradient = vary_like((kl, tuple(gradient)), (iq, ik, iw, q, k))
+    return (row_weights * kl).sum(), gradient
+
+
+def _dense_loss_backward(config, gradient, g):
+    diq, dik, diw = ((g * x).astype(x.dtype) for x in gradient)
+    return diq, dik, diw, None, None, None, None, None
+
+
+_dense_loss = jax.custom_vjp(_run_dense_loss, nondiff_argnums=(8,))
+_dense_loss.defvjp(_dense_loss_forward, _dense_loss_backward)
 
 
 def _run_sparse(iq, ik, iw, q, kv, lse, indices, config: _Config):

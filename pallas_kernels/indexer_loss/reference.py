@@ -123,6 +123,13 @@ def dense_backward(
     return diq, dik, diw
 
 
+def dense_forward_and_backward(*arguments, scale: float, workspace_bytes: int):
+    """`(kl, gradients)`: both of the above, the gradients given that of `kl` last."""
+    *inputs, g = arguments
+    options = dict(scale=scale, workspace_bytes=workspace_bytes)
+    return dense_forward(*inputs, **options), dense_backward(*inputs, g, **options)
+
+
 def _sparse_plan(iq, ik, q, indices, *, backward, workspace_bytes):
     batch, queries, heads, width = q.shape
     index_heads, index_width = iq.shape[2:]

@@ -92,16 +92,17 @@ def operands(q, k, w, ranges: KeyRange, k_scale, problem: Problem) -> Operands:
     batch, queries, _, width = q.shape
     keys, tile = problem.keys, problem.tiling.keys
     rows = round_up(round_up(queries, problem.queries), problem.block)
-    q = _pad(q, 1, problem.tokens).reshape(batch, -1, width)
-    k = _pad(k, 1, max(round_up(keys, 8), tile))
-    w = _pad(w, 1, rows).reshape(batch, -1)
-    start, end = (_pad(jnp.clip(x.astype(jnp.int32), 0, keys), 1, rows) for x in ranges)
+    q = pad(q, 1, problem.tokens).reshape(batch, -1, width)
+    k = pad(k, 1, max(round_up(keys, 8), tile))
+    w = pad(w, 1, rows).reshape(batch, -1)
+    start, end = (pad(jnp.clip(x.astype(jnp.int32), 0, keys), 1, rows) for x in ranges)
     if k_scale is not None:
-        k_scale = _pad(k_scale, 1, round_up(keys, tile))
+        k_scale = pad(k_scale, 1, round_up(keys, tile))
     return Operands(q, k, w, start, end, k_scale)
 
 
-def _pad(x, axis: int, size: int):
+def pad(x, axis: int, size: int):
+    """Zeros at the end of an axis, up to a size; what is as large is not copied."""
     if x.shape[axis] >= size:
         return x
     widths = [(0, 0)] * x.ndim

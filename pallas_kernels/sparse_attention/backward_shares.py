@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_CHUNK = 64  # columns that a 128-byte swizzle spans
+from pallas_kernels.hopper.tiles import CHUNK
 
 
 def share_columns(width: int) -> int:
     """Columns of a share: the most chunks, up to three, that divide the width."""
-    return max(c for c in (_CHUNK, 2 * _CHUNK, 3 * _CHUNK) if width % c == 0)
+    return max(c for c in (CHUNK, 2 * CHUNK, 3 * CHUNK) if width % c == 0)
 
 
 def value_columns(share: int, columns: int, values: int) -> int:
@@ -33,3 +36,48 @@ def strided_loop(total, body, carry, *, axis: str, ctas: int):
     mine = lax.axis_index(axis)
     count = lax.div(total - 1 - mine + ctas, jnp.int32(ctas))
     return lax.fori_loop(0, count, lambda i, c: body(mine + i * ctas, c), carry)
+
+
+def drain(freed, slot, filled, slots: int):
+    """Waits until what was put into a ring last has been read.
+
+    Args:
+        freed: a barrier for each slot, which its reader arrives at.
+        slot: the one that would be filled next.
+        filled: how many were filled in all.
+        slots: of the ring.
+    """
+
+    def wait(_, slot):
+        plgpu.barrier_wait(freed.at[slot])
+        return next_slot(slot, slots)
+
+    unread = jnp.minimum(filled, slots)
+    lax.fori_loop(0, unread, wait, lax.rem(slot + slots - unread, jnp.int32(slots)))
+
+
+@dataclasses.dataclass(frozen=True)
+class SharePlan:
+    """The static numbers of a call whose grid is shares of the columns and lanes of queries."""
+
+    width: int  # C + R
+    tiles: int  # of 64 selected keys
+    window: int  # queries of a call, at most
+    total: int  # queries of all calls
+    lanes: int  # CTAs of a share
+    interpret: bool
+
+    @property
+    def part(self) -> int:
+        """Columns of a share."""
+        return share_columns(self.width)
+
+    @property
+    def shares(self) -> int:
+        """How many there are."""
+        return self.width // self.part
+
+    def for_each_query(self, first, body, carry):
+        """`carry = body(query of the window, carry)` over this CTA's share of the window."""
+        queries = jnp.minimum(self.window, self.total - first)
+        return strided_loop(queries, body, carry, axis="lane", ctas=self.lanes)

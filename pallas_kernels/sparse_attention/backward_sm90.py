@@ -16,12 +16,12 @@ roundings of a key's rows are independent and so weigh less in their sum than it
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.sparse_attention import (
     dq_sm90,
     forward_sm90,
@@ -34,7 +34,6 @@ from pallas_kernels.tiling import vary_like
 TILES = 128  # selected keys, of which the kernels take two tiles at a time
 # A window costs a pass over dKV in fp32 and the ends of three kernels, so that few are better.
 WORKSPACE_BYTES = 4 * 2**30
-_LOG2E = math.log2(math.e)
 
 
 def unsupported(q, kv, *, value_width: int) -> str | None:
@@ -64,7 +63,7 @@ def gradients(
     rows = kv.shape[1]
     finite = jnp.isfinite(lse)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
-    lse, delta = jnp.where(finite, lse * _LOG2E, 0.0), jnp.where(finite, delta, 0.0)
+    lse, delta = jnp.where(finite, lse * LOG2E, 0.0), jnp.where(finite, delta, 0.0)
 
     # More than 128 heads are as many queries with the same keys.
     split = -(-heads // 128)

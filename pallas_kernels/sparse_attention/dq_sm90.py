@@ -27,12 +27,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.gather import TILE, Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import (
+    SharePlan,
+    drain,
     next_slot,
     share_columns,
-    strided_loop,
 )
 
 HEADS = 64  # of a warpgroup
@@ -44,26 +46,12 @@ _REGISTERS = {UPPER: 216, LOWER: 216, LOADER: 40}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Plan(SharePlan):
     """The static numbers of a call."""
 
     queries: int  # T, of one batch row
     rows: int  # S, of one batch row
     heads: int  # 64 or 128
-    width: int  # C + R
-    tiles: int  # of 64 selected keys
-    window: int  # queries of a call, at most
-    total: int  # queries of all calls
-    lanes: int  # CTAs of a share
-    interpret: bool
-
-    @property
-    def part(self) -> int:
-        return share_columns(self.width)
-
-    @property
-    def shares(self) -> int:
-        return self.width // self.part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +67,6 @@ class _Shared:
     freed: Any  # and no longer needed, nor the keys
     started: Any
     landing: Landing
-
-
-def _for_each_query(plan: _Plan, first, body, carry):
-    """`carry = body(query of the window, carry)` over this CTA's share of the window."""
-    queries = jnp.minimum(plan.window, plan.total - first)
-    return strided_loop(queries, body, carry, axis="lane", ctas=plan.lanes)
 
 
 def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
@@ -128,14 +110,8 @@ def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
 
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
-    slot, filled, _ = _for_each_query(plan, first, work_item, (zero, zero, zero))
-
-    def drain(_, slot):
-        plgpu.barrier_wait(s.freed.at[slot])
-        return next_slot(slot, SLOTS)
-
-    unread = jnp.minimum(filled, SLOTS)
-    lax.fori_loop(0, unread, drain, lax.rem(slot + SLOTS - unread, jnp.int32(SLOTS)))
+    slot, filled, _ = plan.for_each_query(first, work_item, (zero, zero, zero))
+    drain(s.freed, slot, filled, SLOTS)
 
 
 def _multiply(plan: _Plan, role, share, first, dq, s: _Shared):
@@ -171,7 +147,7 @@ def _multiply(plan: _Plan, role, share, first, dq, s: _Shared):
         s.landing.initialize()
         plgpu.barrier_arrive(s.started)
     plgpu.barrier_wait(s.started)
-    _for_each_query(plan, first, work_item, [jnp.int32(0), jnp.int32(0)])
+    plan.for_each_query(first, work_item, [jnp.int32(0), jnp.int32(0)])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -229,7 +205,7 @@ def dq_of_queries(
     )
 
     def tile(*shape):
-        return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILE)
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
     landed = {"landed": plgpu.Barrier(num_barriers=SLOTS)} if plan.interpret else {}
 

@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import gather_rows
+from pallas_kernels.hopper.tiles import CHUNK
 from pallas_kernels.sparse_attention.forward_plan import (
-    CHUNK,
     INDEX_SLOTS,
     KEYS,
     LEFT,
@@ -37,9 +37,9 @@ class Loader:
     def first(self) -> Entry:
         """The queries of the first piece of work."""
         work = lax.axis_index("cluster")
-        if self.side == LEFT:
-            self._fetch_indices(work, 0, 0)
         count = self.tiles[self.plan.query(work)]
+        if self.side == LEFT:
+            self._fetch_indices(work, 0, count, 0)
         return Entry(work, jnp.int32(-1), count, jnp.int32(0))
 
     def following(self, entry: Entry) -> Entry:
@@ -50,20 +50,22 @@ class Loader:
         last = entry.tile == entry.count - 1
         work = jnp.where(last, entry.work + plan.clusters, entry.work)
         more = work < plan.work
-        if self.side == LEFT:
-
-            @pl.when(jnp.logical_and(entry.tile >= 0, more))
-            def _():
-                self._fetch_indices(work, jnp.where(last, 0, entry.tile + 1), index_slot)
-
         count = lax.cond(
             jnp.logical_and(last, more),
             lambda: self.tiles[plan.query(work)],
             lambda: entry.count,
         )
+        if self.side == LEFT:
+
+            @pl.when(jnp.logical_and(entry.tile >= 0, more))
+            def _():
+                self._fetch_indices(work, jnp.where(last, 0, entry.tile + 1), count, index_slot)
+
         return Entry(work, jnp.where(last, -1, entry.tile + 1), count, index_slot)
 
-    def _fetch_indices(self, work, tile, index_slot):
+    def _fetch_indices(self, work, tile, count, index_slot):
+        if self.plan.sweep:
+            tile = jnp.where(self.plan.backwards(work), count - 1 - tile, tile)
         plgpu.copy_gmem_to_smem(
             self.indices.at[self.plan.query(work), pl.ds(tile * KEYS, KEYS)],
             self.s.picked.at[index_slot],

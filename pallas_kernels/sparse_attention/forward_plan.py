@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,15 +13,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.gather import Landing
+from pallas_kernels.hopper.tiles import CHUNK
 
 HEADS = 64  # of a CTA: one wgmma's rows
 KEYS = 64  # of a tile
-CHUNK = 64  # columns that a 128-byte swizzle spans
 SLOTS = 3  # of the ring
 INDEX_SLOTS = 4
 SCORES, LEFT, RIGHT = range(3)
 LOWEST = -1e30  # where the running maximum starts: finite, so that exp2(it - it) is 1, not NaN
-LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +36,7 @@ class Plan:
     work: int  # pieces: a query and the head groups of a cluster
     clusters: int
     cluster: int  # CTAs of a cluster: 2 or 1
+    sweep: bool  # whether every second piece of work takes its tiles from the last to the first
     interpret: bool
 
     @property
@@ -57,6 +56,14 @@ class Plan:
     def query(self, work):
         """The query of a piece of work, counted through the batch."""
         return lax.div(work, jnp.int32(self.groups // self.cluster))
+
+    def backwards(self, work):
+        """Whether this piece of work starts with its last tile.
+
+        Queries that run at the same time are at about the same place in their ascending keys. What
+        they read last is still in the L2 when the next start there.
+        """
+        return jnp.logical_and(self.sweep, lax.rem(lax.div(work, self.clusters), 2) == 1)
 
     def heads(self, work):
         """The heads that this CTA serves."""

@@ -13,15 +13,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import Landing, warpgroup_barrier
-from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
+from pallas_kernels.hopper.softmax import raised, rescaled
+from pallas_kernels.hopper.tiles import CHUNK, LOG2E
+from pallas_kernels.hopper.wgmma import Product, Until, add_products, finish, multiply_add
 from pallas_kernels.sparse_attention.forward_loader import Loader
 from pallas_kernels.sparse_attention.forward_plan import (
-    CHUNK,
     HEADS,
     INDEX_SLOTS,
     KEYS,
     LEFT,
-    LOG2E,
     LOWEST,
     SLOTS,
     Place,
@@ -40,8 +40,11 @@ def scores(plan: Plan, tiles, full, lse, s: Shared):
         (ref, pl.ds(i, CHUNK)) for ref in (s.left, s.right) for i in range(0, plan.half, CHUNK)
     ]
 
-    middle = plan.middle // CHUNK
-    first_chunks = [0, middle, plan.half // CHUNK, plan.half // CHUNK + middle]
+    # What arrives at a time, and its columns in units of CHUNK.
+    middle, half = plan.middle // CHUNK, plan.half // CHUNK
+    sides = [(s.left, range(middle)), (s.left, range(middle, half))]
+    sides += [(s.right, columns) for _, columns in sides]
+    parts = [(landing, *side) for landing, side in zip(s.landings, sides, strict=True)]
 
     def over_keys(x):
         return lax.broadcast_in_dim(x, (HEADS, KEYS), (0,))
@@ -70,36 +73,39 @@ def scores(plan: Plan, tiles, full, lse, s: Shared):
             exists = jnp.logical_and(index >= 0, index < plan.rows)
             mask = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
             start = lax.broadcast_in_dim(mask, (HEADS, KEYS), (1,))
-        steps = []
-        for number, (left, (ref, columns)) in enumerate(
-            zip([*query, s.query_last], chunks, strict=True)
-        ):
-            if number in first_chunks:
-                landing = s.landings[first_chunks.index(number)]
-                steps.append(functools.partial(landing.wait, place.slot, phases))
-            steps.append(Product(0, left, ref.at[place.slot, :, columns].T))
+        add = functools.partial(add_products, interpret=plan.interpret)
+        scores, done = start, 0
+        for landing, ref, columns in parts:
+            landing.wait(place.slot, phases)
+            kept = query[done : done + len(columns)]
+            tile = ref.at[place.slot]
+            if kept:
+                scores = add(scores, kept, tile, columns[: len(kept)], first=not done)
+            if len(kept) < len(columns):
+                scores = add(scores, [s.query_last], tile, columns[-1:], first=False)
+            done += len(columns)
         if plan.tail:
-            steps.append(functools.partial(s.tail_landing.wait, place.tail, tail_phases))
-            steps.append(Product(0, s.query_tail, s.tail.at[place.tail].T))
-
-        def nearly():
-            plgpu.barrier_arrive(s.scored.at[previous], predicate=j > 0)
-
+            s.tail_landing.wait(place.tail, tail_phases)
+            scores = add(scores, [s.query_tail], s.tail.at[place.tail], [0], first=False)
         # P V of the tile before queues up behind the last product, so that the tensor core does not
         # wait for it.
-        steps += [Until(1), nearly]
-        [scores] = multiply_add([start], steps, plan.interpret)
-        return scores
+        if not plan.interpret:
+            plgpu.wgmma_wait(1)
+        plgpu.barrier_arrive(s.scored.at[previous], predicate=j > 0)
+        return finish(scores, plan.interpret)
 
     def tile(query, j, carry, *, masked=True, last=False):
         top, total, place, previous, index_slot, phases = carry
         scores = score(query, j, place, previous, index_slot, *phases, masked)
         phases = Landing.next(place.slot, phases[0]), Landing.next(place.tail, phases[1])
-        new_top = jnp.maximum(top, scores.max(axis=1))
+        new_top = raised(top, scores, plan.scale, plan.interpret)
         factor = jnp.exp2((top - new_top) * plan.scale)
         weights = jnp.exp2(scores * plan.scale - over_keys(new_top * plan.scale))
-        total = total * factor + weights.sum(axis=1)
+        total *= lax.broadcast_in_dim(factor, total.shape, (0,))
+        for i in range(0, KEYS, total.shape[1]):
+            total += weights[:, i : i + total.shape[1]]
         if last:
+            total = total.sum(axis=1)
             inverse = jnp.where(total > 0, 1.0 / total, 0.0)
             factor *= inverse
             weights *= over_keys(inverse)
@@ -123,12 +129,20 @@ def scores(plan: Plan, tiles, full, lse, s: Shared):
         count = tiles[plan.query(work)]
         query = load_query(place)
         top = plgpu.layout_cast(jnp.full((HEADS,), LOWEST, jnp.float32), row)
-        total = plgpu.layout_cast(jnp.zeros((HEADS,), jnp.float32), row)
+        # Of every eighth column: summing over the four lanes that share a row can wait.
+        total = plgpu.layout_cast(jnp.zeros((HEADS, 8), jnp.float32), plgpu.Layout.WGMMA)
         carry = top, total, place.next(plan), place.slot, index_slot, phases
+        # Tiles without a hole, which need no mask, are the first ones, or on the way back the last.
         whole = jnp.minimum(full[plan.query(work)], count - 1)
-        body = functools.partial(tile, query, masked=False)
-        carry = lax.fori_loop(0, whole, body, carry)
-        carry = lax.fori_loop(whole, count - 1, functools.partial(tile, query), carry)
+        masked, unmasked = (functools.partial(tile, query, masked=m) for m in (True, False))
+        start, stop = jnp.int32(0), whole
+        if plan.sweep:
+            backwards = plan.backwards(work)
+            holes = jnp.minimum(count - full[plan.query(work)], count - 1)
+            start, stop = jnp.where(backwards, holes, 0), jnp.where(backwards, count - 1, whole)
+            carry = lax.fori_loop(0, start, masked, carry)
+        carry = lax.fori_loop(start, stop, unmasked, carry)
+        carry = lax.fori_loop(stop, count - 1, masked, carry)
         top, total, place, _, index_slot, phases = tile(query, count - 1, carry, last=True)
         value = jnp.where(total > 0, (top * plan.scale + jnp.log2(total)) / LOG2E, -jnp.inf)
         lse.at[plan.query(work), plan.heads(work)][...] = value
@@ -151,7 +165,7 @@ def values(plan: Plan, side: int, q, kv, indices, tiles, out, s: Shared):
         """One tile's P V. Loads meanwhile what is `late`, and `entry` where P V has passed."""
         plgpu.barrier_wait(s.weighed.at[place.slot])
         factor = plgpu.load(s.factors.at[place.slot], layout=plgpu.Layout.WGMMA.reduce(1))
-        accs = [acc * lax.broadcast_in_dim(factor, acc.shape, (0,)) for acc in accs]
+        accs = rescaled(accs, factor, plan.interpret)
         plgpu.barrier_wait(s.scored.at[place.slot])
 
         def first_columns():

@@ -10,10 +10,15 @@ A CTA works through (query, 64 heads) pairs for its whole life. Three warpgroups
     RIGHT    the same for the other half of the columns, and the gather of the tail
 
 The tensor core alternates between S of tile j+1 and P V of tile j; the softmax of tile j+1 runs
-while P V of tile j does. For that order LEFT and RIGHT hold tile j back until S of tile j+1 is
-done (`scored`). A gather follows the P V that frees its slot and has until three tiles later. Both
-head halves of a query run as a cluster of two CTAs that share nothing: that they ask for the same
-rows at the same time is what makes the gather fast.
+while P V of tile j does. For that order LEFT and RIGHT hold tile j back until S of tile j+1 is all
+but done (`scored`). A gather follows the P V that frees its slot and has until three tiles later.
+Both head halves of a query run as a cluster of two CTAs that share nothing: that they ask for the
+same rows at about the same time is what makes the gather fast.
+
+SCORES is the longest of the chains. So its maximum lags (`hopper.softmax`), which mostly spares
+everybody the rescaling, its sums are completed once a query, and its descriptors cost one addition
+each (`hopper.wgmma.add_products`). Where the keys exceed the L2, queries alternately take their
+tiles forth and back, so that one starts with what others read last (`Plan.backwards`).
 
 What flows through the ring are entries: for each piece of work its queries, then its keys in tiles
 of 64. An entry is [64, C + R] in three parts: left and right half of the latent in one of three
@@ -23,7 +28,7 @@ once P V of a query's last tile is done, its halves hold the result on its way o
 
 SMEM at C = 512: 3 x 65,536 + 2 x 8,192 of ring, 16,384 of queries, 1,024 each of indices and of
 factors, barriers. Registers of a thread: SCORES 184 (112 of Q, 32 of S), LEFT and RIGHT 160
-(128 of O); wgmma operands start at register 24.
+(128 of O); wgmma operands start at register 24, and 3 x 168 is all that a CTA is given.
 """
 
 from __future__ import annotations
@@ -36,15 +41,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.gather import TILE, Landing
+from pallas_kernels.hopper.gather import Landing
+from pallas_kernels.hopper.tiles import CHUNK, LOG2E, SWIZZLED
 from pallas_kernels.sparse_attention import forward_roles
 from pallas_kernels.sparse_attention.forward_plan import (
-    CHUNK,
     HEADS,
     INDEX_SLOTS,
     KEYS,
     LEFT,
-    LOG2E,
     RIGHT,
     SCORES,
     SLOTS,
@@ -52,6 +56,8 @@ from pallas_kernels.sparse_attention.forward_plan import (
     Shared,
 )
 
+# Keys that do not all fit half the L2 of an H100 are worth reading forth and back.
+SWEEP_BYTES = 25 * 2**20
 _REGISTERS = {SCORES: 184, LEFT: 160, RIGHT: 160}
 
 
@@ -80,7 +86,7 @@ def _kernel(q, kv, indices, tiles, full, out, lse, *, plan: Plan, **shared):
 
 def _scratch(plan: Plan):
     def tile(*shape):
-        return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILE)
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
     scratch = {
         "left": tile(SLOTS, KEYS, plan.half),
@@ -118,7 +124,8 @@ def unsupported(q, kv, *, value_width: int) -> str | None:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("value_width", "scale", "workspace_bytes", "sms", "interpret")
+    jax.jit,
+    static_argnames=("value_width", "scale", "workspace_bytes", "sms", "sweep", "interpret"),
 )
 def forward(
     q,
@@ -129,9 +136,14 @@ def forward(
     scale: float,
     workspace_bytes: int = 0,
     sms: int = 132,
+    sweep: bool | None = None,
     interpret=None,
 ):
-    """`(out [B, T, N, value_width], lse [B, T, N])`; needs no workspace."""
+    """`(out [B, T, N, value_width], lse [B, T, N])`; needs no workspace.
+
+    Equal bits in every run. With `sweep` (by default where the keys exceed half the L2) the order
+    in which a query's keys are added up, so its last bits, depend on where in the call it stands.
+    """
     del workspace_bytes
     batch, queries, heads, width = q.shape
     groups = pl.cdiv(heads, HEADS)
@@ -147,6 +159,7 @@ def forward(
         work=work,
         clusters=min(sms // cluster, work),
         cluster=cluster,
+        sweep=kv.shape[1] * width * 2 > SWEEP_BYTES if sweep is None else sweep,
         interpret=interpret is not None,
     )
     q = jnp.pad(q, ((0, 0), (0, 0), (0, groups * HEADS - heads), (0, 0)))

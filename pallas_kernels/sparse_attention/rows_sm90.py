@@ -31,11 +31,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.gather import TILE, warpgroup_barrier
+from pallas_kernels.hopper.gather import warpgroup_barrier
+from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import (
+    SharePlan,
     share_columns,
-    strided_loop,
     value_columns,
     value_start,
 )
@@ -47,24 +48,10 @@ _REGISTERS = {EVEN: 216, ODD: 216, LOADER: 40}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The static numbers of a call."""
+class _Plan(SharePlan):
+    """The static numbers of a call; an even number of tiles."""
 
-    width: int  # C + R
     values: int  # C
-    tiles: int  # of 64 selected keys, an even number
-    window: int  # queries of a call, at most
-    total: int  # queries of all calls
-    lanes: int  # CTAs of a share
-    interpret: bool
-
-    @property
-    def part(self) -> int:
-        return share_columns(self.width)
-
-    @property
-    def shares(self) -> int:
-        return self.width // self.part
 
     def value_columns(self, share: int) -> int:
         return value_columns(share, self.part, self.values)
@@ -86,12 +73,6 @@ class _Shared:
     query_read: Any  # EVEN and ODD need Q and dO no longer
     full: Any  # P and dS of the slot are there
     freed: Any  # and no longer needed
-
-
-def _for_each_query(plan: _Plan, first, body, carry):
-    """`carry = body(query of the window, carry)` over this CTA's share of the window."""
-    queries = jnp.minimum(plan.window, plan.total - first)
-    return strided_loop(queries, body, carry, axis="lane", ctas=plan.lanes)
 
 
 def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
@@ -129,7 +110,7 @@ def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
     def work_item(query, filled):
         return lax.fori_loop(0, plan.tiles, functools.partial(tile, query), filled)
 
-    filled = _for_each_query(plan, first, work_item, jnp.int32(0))
+    filled = plan.for_each_query(first, work_item, jnp.int32(0))
 
     @pl.when(filled > 0)
     def _():
@@ -178,7 +159,7 @@ def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
         plgpu.barrier_wait(s.query_full)
         lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), None)
 
-    _for_each_query(plan, first, work_item, None)
+    plan.for_each_query(first, work_item, None)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -236,7 +217,7 @@ def rows_of_queries(first, q, dout, weights, dscores, *, window, sms, interpret=
     )
 
     def tile(*shape):
-        return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILE)
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
     def sparse_attention_rows(*refs, **scratch):  # its name is the kernel's
         _kernel(*refs, plan=plan, **scratch)

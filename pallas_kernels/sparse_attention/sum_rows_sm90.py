@@ -32,14 +32,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.gather import TILE, Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper.tiles import CHUNK, SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply_add
-from pallas_kernels.sparse_attention.backward_shares import next_slot, strided_loop
+from pallas_kernels.sparse_attention.backward_shares import drain, next_slot, strided_loop
 from pallas_kernels.tiling import vary_like
 
 BLOCK = 64  # keys
 PAIRS = 64  # of a tile
-CHUNK = 64  # columns that a 128-byte swizzle spans
 SLOTS = 3
 INDEX_SLOTS = 4
 LEFT, RIGHT, LOADER = range(3)
@@ -137,13 +137,7 @@ def _load(plan: _Plan, first_tile, tile_count, rows, pairs, keys, s: _Shared):
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
     slot, filled, _ = _for_each_unit(plan, first_tile, tile_count, unit, (zero, zero, zero))
-
-    def drain(_, slot):
-        plgpu.barrier_wait(s.freed.at[slot])
-        return next_slot(slot, SLOTS)
-
-    unread = jnp.minimum(filled, SLOTS)
-    lax.fori_loop(0, unread, drain, lax.rem(slot + SLOTS - unread, jnp.int32(SLOTS)))
+    drain(s.freed, slot, filled, SLOTS)
 
 
 def _sum(plan: _Plan, side, first_tile, tile_count, before, sums, s: _Shared):
@@ -250,7 +244,7 @@ def sum_rows(before, rows, first_tile, tile_count, pairs, keys, *, parts, sms, i
         out_type=jax.ShapeDtypeStruct((parts, blocks * BLOCK, width), jnp.float32),
         scratch_types={
             **landed,
-            "ring": plgpu.SMEM((SLOTS, PAIRS, width), jnp.bfloat16, transforms=TILE),
+            "ring": plgpu.SMEM((SLOTS, PAIRS, width), jnp.bfloat16, transforms=SWIZZLED),
             "pairs_tile": plgpu.SMEM((INDEX_SLOTS + 1, PAIRS), jnp.int32),
             "keys_tile": plgpu.SMEM((INDEX_SLOTS, PAIRS), jnp.int32),
             "listed": plgpu.Barrier(num_arrivals=2, num_barriers=INDEX_SLOTS),

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -37,9 +36,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.gather import TILE, Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper.tiles import CHUNK, LOG2E, SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import (
+    drain,
     next_slot,
     share_columns,
     strided_loop,
@@ -48,12 +49,10 @@ from pallas_kernels.sparse_attention.backward_shares import (
 
 HEADS = 64  # of a CTA: one wgmma's rows
 KEYS = 64  # of a tile
-CHUNK = 64  # columns that a 128-byte swizzle spans
 SLOTS = 8  # of the ring
 INDEX_SLOTS = 7
 SCORES, VALUES, LOADER = range(3)
 _REGISTERS = {SCORES: 232, VALUES: 232, LOADER: 40}
-_LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +186,7 @@ def _load(plan: _Plan, first, q, dout, kv, indices, s: _Shared):
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
     slot, filled, _ = _for_each_work(plan, first, work_item, (zero, zero, zero))
-
-    def drain(_, carry):
-        plgpu.barrier_wait(s.freed.at[carry])
-        return next_slot(carry, SLOTS)
-
-    unread = jnp.minimum(filled, SLOTS)
-    lax.fori_loop(0, unread, drain, lax.rem(slot + SLOTS - unread, jnp.int32(SLOTS)))
+    drain(s.freed, slot, filled, SLOTS)
 
 
 def _to_registers(plan: _Plan, s: _Shared, place: _Place, width: int, shift, keep: bool):
@@ -259,7 +252,7 @@ def _scores(plan: _Plan, first, lse, weights, s: _Shared):
         start = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
         start = lax.broadcast_in_dim(start, (HEADS, KEYS), (1,))
         scores, place = _product(plan, query, start, place, plan.width, s)
-        found = jnp.exp2(scores * (plan.scale * _LOG2E) - _over_keys(lse))
+        found = jnp.exp2(scores * (plan.scale * LOG2E) - _over_keys(lse))
 
         @pl.when(count >= 2)
         def _():
@@ -395,7 +388,7 @@ def weights_and_dscores(
     )
 
     def tile(*shape):
-        return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILE)
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
     result = jax.ShapeDtypeStruct((window, plan.tiles, heads, KEYS), jnp.bfloat16)
     landed = {"landed": plgpu.Barrier(num_barriers=SLOTS)} if plan.interpret else {}

@@ -87,8 +87,8 @@ def test_ours_is_the_transpose(content, converted):
 
 def test_small_pieces_change_nothing(content, published, tmp_path, monkeypatch):
     """Leaves cut over all devices, in groups and stripes of a few rows, as large ones are."""
-    monkeypatch.setattr(ours, "_PIECE_BYTES", 1000)
-    monkeypatch.setattr(ours, "_GROUP_BYTES", 10_000)
+    monkeypatch.setattr(ours, "_PIECE_BYTES", 20_000)
+    monkeypatch.setattr(ours, "_GROUP_BYTES", 300_000)
     monkeypatch.setattr(weights, "_STRIPE", 5000)
     hf_to_orbax(published, tmp_path / "ours")
     orbax_to_hf(tmp_path / "ours", tmp_path / "back")

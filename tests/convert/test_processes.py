@@ -1,18 +1,19 @@
 """Two processes, as on two hosts: each reads and writes its part, and the result is the same."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 from checkpoints import assert_same_bits, fp8_config, random_tensors, read_hf, write_hf
 
 import convert
+from tests.processes import run_pair
 
-ROOT = Path(convert.__file__).parents[1]
 # Expert stacks are shared by expert, matrices by rows where those are whole tiles.
-CONFIG = fp8_config(num_hidden_layers=2, intermediate_size=512)
+CONFIG = fp8_config(
+    num_hidden_layers=2,
+    intermediate_size=512,
+    num_attention_heads=16,
+    qk_nope_head_dim=96,
+    qk_rope_head_dim=32,
+    moe_intermediate_size=256,
+)
 
 WORKER = """
 import sys
@@ -58,30 +59,11 @@ except FileExistsError:
 def test_each_process_does_its_part(tmp_path):
     content = random_tensors(CONFIG)
     source = write_hf(tmp_path / "source", CONFIG, content)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), port, str(source), str(tmp_path)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=300) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+    outputs = run_pair(WORKER, source, tmp_path, seconds=300)
 
     total = sum(x.nbytes for x in content.values())
     shares = []
-    for worker, (out, err) in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, err[-3000:]
+    for out in outputs:
         assert "refused" in out
         read, written = map(int, out.split("bytes ")[1].split("\n")[0].split())
         # Half, and what cannot be halved: norms, routers, ragged matrices, all of them small.

@@ -1,20 +1,12 @@
 """Two processes, as on two hosts: each reads its devices' part, and both write one checkpoint."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 from small_models import filled
 
-import dsa_jax
 from dsa_jax import checkpoint, presets, store
 from dsa_jax.layer_tree import flatten
-
-ROOT = Path(dsa_jax.__file__).parents[1]
+from tests.processes import run_pair
 
 WORKER = """
 import sys
@@ -56,29 +48,9 @@ def test_two_processes_read_their_parts_and_write_one_checkpoint(tmp_path, monke
     checkpoint.save(model, tmp_path / "source")
     stored = sum(f.stat().st_size for f in (tmp_path / "source").rglob("*") if f.is_file())
 
-    folders = (str(tmp_path / "source"), str(tmp_path / "target"))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(port), *folders],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=240) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+    outputs = run_pair(WORKER, tmp_path / "source", tmp_path / "target", seconds=240)
 
-    for worker, (out, err) in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, err[-3000:]
+    for out in outputs:
         read = int(out.split("read ")[1].split()[0])
         # Half, and what every process needs: norms, the list of leaves, the chunks' index.
         assert read < 0.6 * stored, (read, stored)

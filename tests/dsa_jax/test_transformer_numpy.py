@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_reference
@@ -13,7 +12,7 @@ import dsa_jax.indexer
 import dsa_jax.mla
 import dsa_jax.moe
 from dsa_jax import presets
-from dsa_jax.config import ModelConfig
+from tests import mistakes
 
 LENGTH = 40  # five times index_topk
 NAMES = ("tiny", "tiny-shared", "tiny-fp8")
@@ -72,41 +71,6 @@ def _patch_method(monkeypatch, owner, name, wrong):
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: wrong(right, *args, **kwargs))
 
 
-def _other_layout(monkeypatch, module):
-    def flipped(right, x, turn, *, interleaved):
-        return right(x, turn, interleaved=not interleaved)
-
-    _patch_method(monkeypatch, module, "rotate", flipped)
-
-
-def _rope_last(monkeypatch):
-    def last(right, self, x, turn):
-        return jnp.roll(right(self, jnp.roll(x, self.rope_width, -1), turn), -self.rope_width, -1)
-
-    _patch_method(monkeypatch, dsa_jax.indexer.Indexer, "_rotate", last)
-
-
-def _one_sided_hadamard(monkeypatch):
-    def queries_only(right, x):
-        return right(x) if x.ndim == 4 else x
-
-    _patch_method(monkeypatch, dsa_jax.indexer, "hadamard", queries_only)
-
-
-def _no_mscale(monkeypatch):
-    scale = property(lambda self: self.qk_head_dim**-0.5)
-    monkeypatch.setattr(ModelConfig, "softmax_scale", scale)
-
-
-def _zero_for_masked_experts(monkeypatch):
-    where = jnp.where
-
-    def zeros(condition, x, y):
-        return where(condition, x, 0.0 if isinstance(y, float) and y == -jnp.inf else y)
-
-    monkeypatch.setattr(dsa_jax.moe.jnp, "where", zeros)
-
-
 def _biased_expert_weights(monkeypatch):
     def biased(right, scores, bias, config):
         return right(scores + bias, jnp.zeros_like(bias), config)
@@ -114,31 +78,17 @@ def _biased_expert_weights(monkeypatch):
     _patch_method(monkeypatch, dsa_jax.moe, "route", biased)
 
 
-def _max_for_groups(monkeypatch):
-    top_k = jax.lax.top_k
-
-    def best_only(x, k):
-        values, indices = top_k(x, k)
-        return (values[..., :1] if x.ndim == 3 else values), indices
-
-    monkeypatch.setattr(dsa_jax.moe.jax.lax, "top_k", best_only)
-
-
-def _unrounded_latent(monkeypatch):
-    monkeypatch.setattr(dsa_jax.mla, "round_trip", lambda x, *_: x)
-
-
 MUTATIONS = {
-    "indexer rope layout": ("tiny", lambda m: _other_layout(m, dsa_jax.indexer)),
-    "attention rope layout": ("tiny", lambda m: _other_layout(m, dsa_jax.mla)),
-    "GLM's indexer rope layout": ("tiny-shared", lambda m: _other_layout(m, dsa_jax.indexer)),
-    "indexer rope last": ("tiny", _rope_last),
-    "one-sided Hadamard": ("tiny-fp8", _one_sided_hadamard),
-    "no mscale": ("tiny", _no_mscale),
-    "zero instead of -inf": ("tiny", _zero_for_masked_experts),
+    "indexer rope layout": ("tiny", mistakes.flipped_indexer_rope),
+    "attention rope layout": ("tiny", mistakes.flipped_attention_rope),
+    "GLM's indexer rope layout": ("tiny-shared", mistakes.flipped_indexer_rope),
+    "indexer rope last": ("tiny", mistakes.indexer_rope_last),
+    "one-sided Hadamard": ("tiny-fp8", mistakes.one_sided_hadamard),
+    "no mscale": ("tiny", mistakes.no_mscale),
+    "zero instead of -inf": ("tiny", mistakes.zero_for_masked_experts),
     "biased expert weights": ("tiny", _biased_expert_weights),
-    "groups by their best expert": ("tiny", _max_for_groups),
-    "latent not rounded": ("tiny-fp8", _unrounded_latent),
+    "groups by their best expert": ("tiny", mistakes.max_for_groups),
+    "latent not rounded": ("tiny-fp8", mistakes.unrounded_latent),
 }
 
 

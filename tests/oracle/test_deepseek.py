@@ -54,6 +54,7 @@ def test_quantised_indexer():
     np.testing.assert_array_equal(ours.q8, theirs.q8)
     np.testing.assert_array_equal(ours.k8, theirs.k8)
     np.testing.assert_array_equal(ours.k_scale, theirs.k_scale)
+    # One fp32 product over the model's width, its sums in another order.
     np.testing.assert_allclose(ours.w, theirs.w, rtol=1e-5, atol=1e-6 * np.abs(theirs.w).max())
 
 

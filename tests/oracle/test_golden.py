@@ -58,6 +58,7 @@ def test_logits_loss_and_gradient(name, golden):
     loss, norm, logits, _ = forward(name)
     expected = golden[f"{name}/logits"]
     assert np.abs(logits - expected).max() < MODEL * np.abs(expected).max()
+    # A mean over all tokens: the differences of single logits average out.
     assert float(loss) == pytest.approx(float(golden[f"{name}/loss"]), rel=1e-5)
     assert float(norm) == pytest.approx(float(golden[f"{name}/gradient_norm"]), rel=MODEL)
 

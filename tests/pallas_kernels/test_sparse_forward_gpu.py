@@ -21,6 +21,8 @@ SHAPES = {  # B, T, S, N, C, R, K
     "256 heads, narrow": (1, 33, 700, 256, 256, 64, 192),
     "one query": (1, 1, 64, 128, 512, 64, 64),
     "fewer keys than a tile": (2, 9, 5, 128, 512, 64, 5),
+    "more keys than the L2 holds, some forth and some back": (1, 300, 30000, 128, 512, 64, 448),
+    "elements beyond 2**31": (1, 5, 3_800_000, 16, 512, 64, 128),
 }
 SCALE = 0.5
 
@@ -30,7 +32,9 @@ def arguments(name):
     batch, queries, keys, heads, latent, rope, selected = SHAPES[name]
     rng = np.random.default_rng()
     q = rng.standard_normal((batch, queries, heads, latent + rope)) / 10
-    kv = rng.standard_normal((batch, keys, latent + rope)) / 10
+    # On the device: the largest has 2**31 elements.
+    key = jax.random.key(int(rng.integers(2**31)))
+    kv = jax.random.normal(key, (batch, keys, latent + rope), jnp.bfloat16) / 10
     indices = np.full((batch, queries, selected), -1, np.int32)
     for row, (b, t) in enumerate(np.ndindex(batch, queries)):
         count = [selected, 0, 1, min(selected, 64), rng.integers(selected + 1)][row % 5]
@@ -38,7 +42,24 @@ def arguments(name):
     outside = [keys, -2, 2**31 - 1, -(2**31), keys + 1]
     if keys > 100:
         indices[0, 0, 3::37] = np.resize(outside, indices[0, 0, 3::37].shape)
-    return jnp.asarray(q, jnp.bfloat16), jnp.asarray(kv, jnp.bfloat16), jnp.asarray(indices), latent
+    return jnp.asarray(q, jnp.bfloat16), kv, jnp.asarray(indices), latent
+
+
+def attend(q, kv, indices, latent, implementation):
+    return sparse_attention(
+        q, kv, Selection(indices), value_width=latent, scale=SCALE, implementation=implementation
+    )
+
+
+def check(out, lse, q, kv, indices, latent):
+    """Against fp32, within the bounds of FlashMLA's own test."""
+    wide = q.astype(jnp.float32), kv.astype(jnp.float32)
+    want, want_lse = attend(*wide, indices, latent, "xla")
+    out = np.asarray(out, np.float32)
+    np.testing.assert_allclose(out, want, rtol=3.01 / 128, atol=8e-4)
+    want = np.asarray(want)
+    assert 1 - 2 * (out * want).sum() / ((out**2).sum() + (want**2).sum()) < 7e-6
+    np.testing.assert_allclose(lse, want_lse, rtol=2.01 / 65536, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -47,36 +68,32 @@ def test_forward(name):
     q, kv, indices, latent = arguments(name)
     jnp.full((*q.shape[:3], latent), jnp.nan).block_until_ready().delete()
 
-    def attend(q, kv, implementation):
-        return sparse_attention(
-            q, kv, Selection(indices),
-            value_width=latent, scale=SCALE, implementation=implementation,
-        )  # fmt: skip
-
-    out, lse = attend(q, kv, "mosaic")
-    expected, expected_lse = attend(q.astype(jnp.float32), kv.astype(jnp.float32), "xla")
-    found = np.asarray(out, np.float32)
-    want = np.asarray(expected)
-    np.testing.assert_allclose(found, want, rtol=3.01 / 128, atol=8e-4)
-    cosine = 2 * (found * want).sum() / ((found**2).sum() + (want**2).sum())
-    assert 1 - cosine < 7e-6
-    np.testing.assert_allclose(lse, expected_lse, rtol=2.01 / 65536, atol=1e-6)
+    out, lse = attend(q, kv, indices, latent, "mosaic")
+    check(out, lse, q, kv, indices, latent)
     for _ in range(20):
-        again = attend(q, kv, "mosaic")
+        again = attend(q, kv, indices, latent, "mosaic")
         assert all(map(np.array_equal, again, (out, lse)))
 
 
 def test_unselected_rows_may_hold_anything():
     q, kv, indices, latent = arguments("batch, 64 heads, K off the tile")
     kv, indices = kv.at[:, 0].set(jnp.nan), jnp.where(indices == 0, -1, indices)
-    out, lse = sparse_attention(
-        q, kv, Selection(indices), value_width=latent, scale=SCALE, implementation="mosaic"
-    )
-    assert not jnp.isnan(out).any() and not jnp.isnan(lse).any()
+    out, lse = attend(q, kv, indices, latent, "mosaic")
+    assert not jnp.isnan(out).any()
+    assert not jnp.isnan(lse).any()
+
+
+def test_scores_that_grow():
+    """From the first keys to the last by more than the exponent of fp32 spans."""
+    q, kv, indices, latent = arguments("deepseek")
+    ramp = jnp.linspace(0, 256, kv.shape[1]).astype(kv.dtype)
+    q, kv = q.at[..., 0].set(2), kv.at[..., 0].set(ramp)
+
+    check(*attend(q, kv, indices, latent, "mosaic"), q, kv, indices, latent)
 
 
 def test_gradient():
-    """The kernel's forward with the XLA backward, against fp32."""
+    """Both kernels, against fp32."""
     q, kv, indices, latent = arguments("one query")
 
     def loss(q, kv, implementation):

@@ -11,26 +11,31 @@ from pallas_kernels import Selection, UnsupportedError, sparse_attention
 from pallas_kernels.sparse_attention import forward_sm90, reference
 
 # out is bf16 (2**-9 of a value of size about 1), and P is rounded to bf16 before P V.
-OUT = {"rtol": 2**-7, "atol": 2**-7}
-LSE = {"rtol": 2e-6, "atol": 2e-6}
+OUT = 2**-7
+LSE = 2e-6  # fp32
 
-CASES = {  # B, T, S, N, C, R, K, CTAs
+CASES = {  # B, T, S, N, C, R, K, growth, CTAs, sweep
     # One CTA, so that queries follow each other through the ring; more keys than fit its slots.
-    "a query after the other": (1, 3, 300, 64, 256, 64, 256, 1),
-    "batch, both halves of the heads": (2, 1, 100, 128, 256, 64, 64, 2),
-    "no tail, heads padded, K off the tile": (1, 3, 300, 16, 256, 0, 270, 1),
+    "a query after the other": (1, 3, 300, 64, 256, 64, 256, 0, 1, True),
+    "batch, both halves of the heads": (2, 1, 100, 128, 256, 64, 64, 0, 2, False),
+    # From the first keys to the last the scores grow by more than the exponent of fp32 spans.
+    "growing scores, no tail, heads padded, K off the tile": (
+        (1, 3, 300, 16, 256, 0, 270, 2560, 1, False)
+    ),
 }
 
 
-def arguments(batch, queries, keys, heads, latent, rope, selected, seed=0):
+def arguments(batch, queries, keys, heads, latent, rope, selected, growth, seed=0):
     """Rows with all, no, one and some keys, with indices outside the keys among them."""
     rng = np.random.default_rng(seed)
     width = latent + rope
     q = jnp.asarray(rng.standard_normal((batch, queries, heads, width)), jnp.bfloat16)
     kv = rng.standard_normal((batch, keys, width))
+    if growth:
+        q, kv[..., 0] = q.at[..., 0].set(8), np.linspace(0, growth / 8, keys)
     indices = np.full((batch, queries, selected), -1, np.int32)
     for row, (b, t) in enumerate(np.ndindex(batch, queries)):
-        count = [selected, 0, selected // 2 + 3, 1][row % 4]
+        count = [selected, selected // 2 + 3, 0, 1][row % 4]
         indices[b, t, :count] = np.sort(rng.permutation(keys - 1)[:count])
     indices[0, 0, 5], indices[0, 0, 9] = keys, -7
     kv[:, keys - 1] = np.nan  # which no query selects
@@ -39,20 +44,20 @@ def arguments(batch, queries, keys, heads, latent, rope, selected, seed=0):
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward(name):
-    *sizes, ctas = CASES[name]
+    *sizes, ctas, sweep = CASES[name]
     latent = sizes[4]
     q, kv, indices = arguments(*sizes)
     out, lse = forward_sm90.forward(
         q, kv, indices, value_width=latent, scale=0.1,
-        sms=ctas, interpret=plgpu.InterpretGPUParams(detect_races=True),
+        sms=ctas, sweep=sweep, interpret=plgpu.InterpretGPUParams(detect_races=True),
     )  # fmt: skip
     assert not interpret_pallas_call.get_races().races_found
     expected, expected_lse = reference.forward(
         q.astype(jnp.float32), kv.astype(jnp.float32), indices,
         value_width=latent, scale=0.1, workspace_bytes=2**30,
     )  # fmt: skip
-    np.testing.assert_allclose(out.astype(jnp.float32), expected, **OUT)
-    np.testing.assert_allclose(lse, expected_lse, **LSE)
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=OUT, atol=OUT)
+    np.testing.assert_allclose(lse, expected_lse, rtol=LSE, atol=LSE)
 
 
 @pytest.mark.parametrize(

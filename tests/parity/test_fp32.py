@@ -239,6 +239,7 @@ def test_gradients_of_the_lm_loss(pair):
         return -jnp.take_along_axis(logp, jnp.asarray(tokens)[:, 1:, None], -1).mean()
 
     value, gradient = jit(jax.value_and_grad(ours))(pair.ours)
+    # fp32; a mean over tokens, so closer than single logits.
     assert float(value) == pytest.approx(loss.item(), rel=1e-5)
     flat = flatten(split_layers(gradient, config))
     for entry in entries(config):

@@ -1,0 +1,352 @@
+# Mosaic GPU's annotations differ between JAX releases and do not know what its decorators do.
+# pyright: reportAbstractUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false
+"""The gradient of indexer scores on Hopper, given that of the scores of a window of queries.
+
+    x[t, i, s] = d[t, s] if iq[t, i] . ik[s] > 0 else 0
+    u[t, i]    = sum_s x[t, i, s] ik[s]
+    diq[t, i]  = iw[t, i] u[t, i]        diw[t, i] = iq[t, i] . u[t, i]
+    dik[s]     = sum_ti iw[t, i] x[t, i, s] iq[t, i]
+
+(relu(z) = z 1[z > 0], so diw needs no product of its own.) Two kernels, both like an attention
+whose weights are a mask, and both computing iq . ik anew:
+
+`of_queries`: a CTA takes two queries, their 64 heads the 64 rows of each of two consumer
+warpgroups, through the live tiles of 128 keys. d of a query is a vector along the keys.
+`of_keys`: a CTA takes 128 keys, 64 a consumer, through 512 queries of the window, two at a time.
+Its sum is a part of dik; parts are added up in a fixed order outside.
+
+A tile of ik (of iq) is a factor of both products, so that it is loaded once. Consumers take turns:
+one multiplies while the other masks.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.tiles import SWIZZLED
+from pallas_kernels.hopper.wgmma import Product, multiply, multiply_add
+from pallas_kernels.indexer_loss.target_sm90 import PAIR
+
+HEADS = 64  # I: rows of a wgmma
+TILE = 128  # keys
+CONSUMERS = 2
+_PAIRS_OF_PART = 2  # few: so that CTAs are many, and alike under a causal range
+STAGES, KEYS_STAGES = 4, 3  # of `of_queries` and `of_keys`
+_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
+
+
+class Problem(NamedTuple):
+    """What is static of a call.
+
+    Attributes:
+        batch: B.
+        width: H.
+        keys: S, whole tiles.
+        queries: queries of a window, whole pairs of tiles.
+        total: T, beyond which a window has nothing to do.
+        interpret: parameters of the GPU interpreter, or None.
+    """
+
+    batch: int
+    width: int
+    keys: int
+    queries: int
+    total: int
+    interpret: Any = None
+
+    @property
+    def parts(self) -> int:
+        """Into how many sums the queries of a window are cut."""
+        return pl.cdiv(self.queries // PAIR, _PAIRS_OF_PART)
+
+
+class Live(NamedTuple):
+    """Tiles of keys that are live for a pair of tiles of queries: i32 `[B, T' / PAIR]`."""
+
+    first: Any
+    count: Any
+
+
+def of_queries(first, iq, ik, iw, d, live: Live, problem: Problem):
+    """`(diq bf16 [B, queries * I, H], diw f32 [B, queries * I])` of a window.
+
+    Args:
+        first: i32, the query at which the window starts, a multiple of `PAIR`.
+        iq: `[B, T * I, H]` bf16, I = 64.
+        ik: `[B, S, H]` bf16.
+        iw: f32 `[B, T' * I]`, padded to whole windows.
+        d: bf16 `[B, queries, S]`, the gradient of the scores; undefined in tiles not live.
+        live: tiles of all queries.
+        problem: what is static.
+    """
+    p = problem
+    kernel = plgpu.kernel(
+        functools.partial(_queries_body, p),
+        out_type=(
+            jax.ShapeDtypeStruct((p.batch, p.queries * HEADS, p.width), iq.dtype),
+            jax.ShapeDtypeStruct((p.batch, p.queries * HEADS), jnp.float32),
+        ),
+        scratch_types=_QueriesScratch(
+            iq=plgpu.SMEM((CONSUMERS, HEADS, p.width), iq.dtype, transforms=SWIZZLED),
+            ik=plgpu.SMEM((STAGES, TILE, p.width), iq.dtype, transforms=SWIZZLED),
+            d=plgpu.SMEM((STAGES, CONSUMERS, TILE), jnp.bfloat16),
+            diw=plgpu.SMEM((CONSUMERS, HEADS), jnp.float32),
+            iq_full=plgpu.Barrier(num_barriers=CONSUMERS),
+            full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
+            turn=plgpu.Barrier(num_arrivals=CONSUMERS),
+        )._asdict(),
+        grid=(p.batch * p.queries // CONSUMERS,),
+        grid_names=("cta",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="dsa_indexer_gradient_queries",
+        interpret=p.interpret,
+    )
+    return kernel(jnp.asarray(first, jnp.int32)[None], iq, ik, iw, d, *live)
+
+
+class _QueriesScratch(NamedTuple):
+    iq: Any  # [consumers, 64, H]; diq in the end
+    ik: Any  # [stages, 128, H]
+    d: Any  # [stages, consumers, 128]
+    diw: Any  # [consumers, 64]
+    iq_full: Any
+    full: Any
+    free: Any
+    turn: Any
+
+
+def _queries_body(p: Problem, first, iq, ik, iw, d, /, *refs, **scratch):
+    live, (diq, diw), smem = Live(*refs[:2]), refs[2:], _QueriesScratch(**scratch)
+    ctas = p.queries // CONSUMERS
+    batch = lax.div(lax.axis_index("cta"), ctas)
+    # Late queries see most under a causal range: they start first.
+    row = (ctas - 1 - lax.rem(lax.axis_index("cta"), ctas)) * CONSUMERS
+    pair = lax.div(first[0] + row, PAIR)
+    low, count = live.first[batch, pair], live.count[batch, pair]
+    count = jnp.where(first[0] + row < p.total, count, 0)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == CONSUMERS)
+    def _():
+        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+
+        def load(step, _):
+            slot = lax.rem(step, STAGES)
+            keys = pl.ds((low + step) * TILE, TILE)
+            pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(smem.free.at[slot]))
+            plgpu.copy_gmem_to_smem(ik.at[batch, keys], smem.ik.at[slot], smem.full.at[slot])
+            plgpu.copy_gmem_to_smem(
+                d.at[batch, pl.ds(row, CONSUMERS), keys], smem.d.at[slot], smem.full.at[slot]
+            )
+
+        lax.fori_loop(0, count, load, None)
+        for slot in range(STAGES):
+            pl.when(slot < count)(lambda slot=slot: plgpu.barrier_wait(smem.free.at[slot]))
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+        mine, full = smem.iq.at[warpgroup], smem.iq_full.at[warpgroup]
+        query = first[0] + row + warpgroup
+        plgpu.copy_gmem_to_smem(iq.at[batch, pl.ds(query * HEADS, HEADS)], mine, full)
+        weight = plgpu.load(
+            iw.at[batch, pl.ds(query * HEADS, HEADS)],
+            layout=plgpu.Layout.WGMMA.reduce(1), optimized=False,
+        )  # fmt: skip
+        plgpu.barrier_wait(full)
+        total = _sum_keys(p, warpgroup, count, smem)
+        own = plgpu.load(mine, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        smem.diw.at[warpgroup][...] = (own * total).sum(axis=1)
+        gradient = total * lax.broadcast_in_dim(weight, total.shape, [0])
+        mine[...] = gradient.astype(iq.dtype)
+        plgpu.commit_smem()
+        rows = pl.ds((row + warpgroup) * HEADS, HEADS)
+        plgpu.copy_smem_to_gmem(mine, diq.at[batch, rows])
+        plgpu.copy_smem_to_gmem(smem.diw.at[warpgroup], diw.at[batch, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _hand_over(turn):
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
+
+
+def _sum_keys(p: Problem, warpgroup, count, smem: _QueriesScratch):
+    """u of a query: f32 [64, H]."""
+    interpret = p.interpret is not None
+    hand_over = functools.partial(_hand_over, smem.turn)
+
+    def tile(step, total):
+        slot = lax.rem(step, STAGES)
+        factors = (smem.iq.at[warpgroup], smem.ik.at[slot].T)
+        wait = functools.partial(plgpu.barrier_wait, smem.full.at[slot])
+        dots = multiply((HEADS, TILE), [wait, factors, hand_over], interpret)
+        column = plgpu.Layout.WGMMA.reduce(0)
+        d = plgpu.load(smem.d.at[slot, warpgroup], layout=column, optimized=False)
+        d = lax.broadcast_in_dim(d.astype(jnp.float32), dots.shape, [1])
+        masked = jnp.where(dots > 0, d, 0.0).astype(jnp.bfloat16)
+        masked, total = lax.optimization_barrier((masked, total))
+        hand_over()
+        [total] = multiply_add([total], [Product(0, masked, smem.ik.at[slot])], interpret)
+        plgpu.barrier_arrive(smem.free.at[slot])
+        return total
+
+    zeros = plgpu.layout_cast(jnp.zeros((HEADS, p.width), jnp.float32), plgpu.Layout.WGMMA)
+    pl.when(warpgroup == 1)(hand_over)
+    total = lax.fori_loop(0, count, tile, zeros)
+    pl.when(warpgroup == 0)(hand_over)
+    return total
+
+
+def of_keys(first, iq, ik, iw, d, live: Live, problem: Problem):
+    """Parts of dik, `f32 [B, parts, S, H]`, of a window: arguments as in `of_queries`."""
+    p = problem
+    kernel = plgpu.kernel(
+        functools.partial(_keys_body, p),
+        out_type=jax.ShapeDtypeStruct((p.batch, p.parts, p.keys, p.width), jnp.float32),
+        scratch_types=_KeysScratch(
+            ik=plgpu.SMEM((CONSUMERS, 64, p.width), ik.dtype, transforms=SWIZZLED),
+            iq=plgpu.SMEM((KEYS_STAGES, 2 * HEADS, p.width), ik.dtype, transforms=SWIZZLED),
+            d=plgpu.SMEM((KEYS_STAGES, 2, TILE), jnp.bfloat16),
+            iw=plgpu.SMEM((KEYS_STAGES, 2 * HEADS), jnp.float32),
+            dik=plgpu.SMEM(
+                (CONSUMERS, 64, p.width), jnp.float32,
+                transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+            ),
+            ik_full=plgpu.Barrier(num_barriers=CONSUMERS),
+            full=plgpu.Barrier(num_arrivals=3, num_barriers=KEYS_STAGES),
+            free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=KEYS_STAGES),
+            turn=plgpu.Barrier(num_arrivals=CONSUMERS),
+        )._asdict(),
+        grid=(p.batch * p.parts * (p.keys // TILE),),
+        grid_names=("cta",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="dsa_indexer_gradient_keys",
+        interpret=p.interpret,
+    )  # fmt: skip
+    return kernel(jnp.asarray(first, jnp.int32)[None], iq, ik, iw, d, *live)
+
+
+class _KeysScratch(NamedTuple):
+    ik: Any  # [consumers, 64, H]
+    iq: Any  # [stages, 2 * 64, H]
+    d: Any  # [stages, 2, 128]
+    iw: Any  # [stages, 2 * 64]
+    dik: Any  # f32 [consumers, 64, H]
+    ik_full: Any
+    full: Any
+    free: Any
+    turn: Any
+
+
+def _keys_body(p: Problem, first, iq, ik, iw, d, /, *refs, **scratch):
+    live, dik, smem = Live(*refs[:2]), refs[2], _KeysScratch(**scratch)
+    tiles, pairs = p.keys // TILE, p.queries // PAIR
+    i = lax.axis_index("cta")
+    batch, i = lax.div(i, tiles * p.parts), lax.rem(i, tiles * p.parts)
+    tile, part = lax.div(i, p.parts), lax.rem(i, p.parts)
+    warpgroup = lax.axis_index("warpgroup")
+
+    def over_queries(body, carry):
+        """`carry = body(step, row, carry)` over pairs of queries that may see the tile."""
+
+        def some(j, state):
+            step, carry = state
+            pair = part * _PAIRS_OF_PART + j
+            since = tile - live.first[batch, lax.div(first[0], PAIR) + pair]
+            seen = (since >= 0) & (since < live.count[batch, lax.div(first[0], PAIR) + pair])
+            left = lax.div(p.total - (first[0] + pair * PAIR) + 1, 2)
+            steps = jnp.where(seen, jnp.clip(left, 0, PAIR // 2), 0)
+            carry = lax.fori_loop(
+                0, steps, lambda n, c: body(step + n, pair * PAIR + 2 * n, c), carry
+            )
+            return step + steps, carry
+
+        count = jnp.minimum(_PAIRS_OF_PART, pairs - part * _PAIRS_OF_PART)
+        return lax.fori_loop(0, count, some, (jnp.int32(0), carry))
+
+    @pl.when(warpgroup == CONSUMERS)
+    def _():
+        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+
+        def load(step, row, _):
+            slot = lax.rem(step, KEYS_STAGES)
+            pl.when(step >= KEYS_STAGES)(lambda: plgpu.barrier_wait(smem.free.at[slot]))
+            rows = pl.ds((first[0] + row) * HEADS, 2 * HEADS)
+            keys = pl.ds(tile * TILE, TILE)
+            plgpu.copy_gmem_to_smem(iq.at[batch, rows], smem.iq.at[slot], smem.full.at[slot])
+            plgpu.copy_gmem_to_smem(iw.at[batch, rows], smem.iw.at[slot], smem.full.at[slot])
+            plgpu.copy_gmem_to_smem(
+                d.at[batch, pl.ds(row, 2), keys], smem.d.at[slot], smem.full.at[slot]
+            )
+            return None
+
+        steps, _ = over_queries(load, None)
+        for slot in range(KEYS_STAGES):
+            pl.when(slot < steps)(lambda slot=slot: plgpu.barrier_wait(smem.free.at[slot]))
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+        keys = pl.ds(tile * TILE + warpgroup * 64, 64)
+        plgpu.copy_gmem_to_smem(
+            ik.at[batch, keys], smem.ik.at[warpgroup], smem.ik_full.at[warpgroup]
+        )
+        plgpu.barrier_wait(smem.ik_full.at[warpgroup])
+        total = _sum_queries(p, warpgroup, over_queries, smem)
+        smem.dik.at[warpgroup][...] = total
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem.dik.at[warpgroup], dik.at[batch, part, keys])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _sum_queries(p: Problem, warpgroup, over_queries, smem: _KeysScratch):
+    """A consumer's part of dik: f32 [64, H]."""
+    interpret = p.interpret is not None
+    hand_over = functools.partial(_hand_over, smem.turn)
+    row, column = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
+
+    def tokens(step, _, total):
+        slot = lax.rem(step, KEYS_STAGES)
+        factors = (smem.ik.at[warpgroup], smem.iq.at[slot].T)
+        wait = functools.partial(plgpu.barrier_wait, smem.full.at[slot])
+        dots = multiply((64, 2 * HEADS), [wait, factors, hand_over], interpret)
+        masked = []
+        for token in range(2):
+            heads = slice(token * HEADS, (token + 1) * HEADS)
+            some = dots[:, heads]
+            keys = pl.ds(warpgroup * 64, 64)
+            d = plgpu.load(smem.d.at[slot, token, keys], layout=row, optimized=False)
+            weight = plgpu.load(
+                smem.iw.at[slot, pl.ds(token * HEADS, HEADS)], layout=column, optimized=False
+            )
+            product = lax.broadcast_in_dim(
+                d.astype(jnp.float32), some.shape, [0]
+            ) * lax.broadcast_in_dim(weight, some.shape, [1])
+            masked.append(jnp.where(some > 0, product, 0.0).astype(jnp.bfloat16))
+        masked, total = lax.optimization_barrier((masked, total))
+        hand_over()
+        products = [
+            Product(0, masked[token], smem.iq.at[slot, pl.ds(token * HEADS, HEADS)])
+            for token in range(2)
+        ]
+        [total] = multiply_add([total], products, interpret)
+        plgpu.barrier_arrive(smem.free.at[slot])
+        return total
+
+    zeros = plgpu.layout_cast(jnp.zeros((64, p.width), jnp.float32), plgpu.Layout.WGMMA)
+    pl.when(warpgroup == 1)(hand_over)
+    _, total = over_queries(tokens, zeros)
+    pl.when(warpgroup == 0)(hand_over)
+    return total

@@ -61,9 +61,8 @@ def gradients(
     """The gradients of q, and of kv in f32, with at most so many queries in a window."""
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
-    finite = jnp.isfinite(lse)
-    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
-    lse, delta = jnp.where(finite, lse * LOG2E, 0.0), jnp.where(finite, delta, 0.0)
+    finite = jnp.isfinite(lse)  # a query without keys gives no gradient, and takes none
+    lse, dlse = jnp.where(finite, lse * LOG2E, 0.0), jnp.where(finite, dlse, 0.0)
 
     # More than 128 heads are as many queries with the same keys.
     split = -(-heads // 128)
@@ -73,25 +72,26 @@ def gradients(
         x = jnp.pad(x, [(0, 0), (0, 0), (0, some * split - heads)] + [(0, 0)] * (x.ndim - 3))
         return x.reshape(batch * queries * split, some, *x.shape[3:])
 
-    q, dout, lse, delta = (by_query(x) for x in (q, dout, lse, delta))
+    q, dout, out, lse, dlse = (by_query(x) for x in (q, dout, out, lse, dlse))
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % TILES)), constant_values=-1)
     indices = jnp.repeat(indices.reshape(batch * queries, -1), split, axis=0)
     total = indices.shape[0]
     keys = kv.reshape(-1, width)
     blocks = -(-keys.shape[0] // sum_rows_sm90.BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
-    window = min(max(1, window * split), total)
-    window = -(-total // -(-total // window))  # windows of one size
+    window = _even(total, max(1, window * split), sms)
     options = {"window": window, "queries": queries * split, "rows": rows, "sms": sms}
+    # The kernels write all of both: nothing has to be there before.
+    dq = jax.new_ref(lax.empty((total, some, width), q.dtype))
+    sums = jax.new_ref(lax.empty((parts, blocks * sum_rows_sm90.BLOCK, width), jnp.float32))
 
-    def step(dkv, first):
+    def step(first):
         start = first.reshape(1)
         weights, dscores = weights_sm90.weights_and_dscores(
-            start, q, dout, lse, delta, keys, indices, scale=scale, **options, interpret=interpret
-        )
-        dq = dq_sm90.dq_of_queries(
-            start, some, keys, indices, dscores, **options, interpret=interpret
-        )
+            start, q, dout, out, lse, dlse, keys, indices, scale=scale, **options,
+            interpret=interpret,
+        )  # fmt: skip
+        dq_sm90.dq_of_queries(start, keys, indices, dscores, dq, **options, interpret=interpret)
         added = rows_sm90.rows_of_queries(
             start, q, dout, weights, dscores, window=window, sms=sms, interpret=interpret
         )
@@ -101,15 +101,21 @@ def gradients(
         mine = jnp.where(exists, mine + number // (queries * split) * rows, -1)
         lists = sum_rows_sm90.pairs_by_block(mine, blocks=blocks)
         added = added.reshape(-1, width)
-        dkv = sum_rows_sm90.sum_rows(dkv, added, *lists, parts=parts, sms=sms, interpret=interpret)
-        # The kernels do not tell over which mesh axes their results vary.
-        return vary_like((dkv, dq), (q, kv))
+        sum_rows_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
 
-    dkv = vary_like(jnp.zeros((blocks * sum_rows_sm90.BLOCK, width), jnp.float32), (q, kv))
     firsts = jnp.arange(0, total, window, dtype=jnp.int32)
     if len(firsts) == 1:
-        dkv, dq = step(dkv, firsts[0])
+        step(firsts[0])
     else:
-        dkv, dq = lax.scan(step, dkv, firsts)
-    dq = dq.reshape(-1, some, width)[:total].reshape(batch, queries, -1, width)[:, :, :heads]
+        lax.scan(lambda _, first: (None, step(first)), None, firsts)
+    # The kernels do not tell over which mesh axes their results vary.
+    dq, dkv = vary_like((jax.freeze(dq), jax.freeze(sums).sum(0)), (q, kv))
+    dq = dq.reshape(batch, queries, -1, width)[:, :, :heads]
     return dq, dkv[: batch * rows].reshape(batch, rows, width)
+
+
+def _even(total: int, limit: int, sms: int) -> int:
+    """Queries of a window: as few windows as the limit allows, of one size that fills the SMs."""
+    window = -(-total // -(-total // min(limit, total)))
+    filling = -(-window // sms) * sms
+    return filling if filling <= min(limit, total) else window

@@ -21,7 +21,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -140,7 +139,7 @@ def _multiply(plan: _Plan, role, share, first, dq, s: _Shared):
             warpgroup_barrier(plan.interpret)
             s.out_tile.at[mine][...] = accumulators[0].astype(jnp.bfloat16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(s.out_tile.at[mine], dq.at[query, mine, columns])
+            plgpu.copy_smem_to_gmem(s.out_tile.at[mine], dq.at[first + query, mine, columns])
         return carry
 
     if role == UPPER:
@@ -173,24 +172,22 @@ def _kernel(first, kv, indices, dscores, dq, *, plan: _Plan, **shared):
                         _multiply(plan, number, share, start, dq, s)
 
 
-def dq_of_queries(
-    first, heads, kv, indices, dscores, *, window, queries, rows, sms, interpret=None
-):
-    """dQ of a window of queries, bf16 `[window, N, C + R]`.
+def dq_of_queries(first, kv, indices, dscores, dq, *, window, queries, rows, sms, interpret=None):
+    """Writes dQ of a window of queries.
 
     Args:
         first: i32 `[1]`, the first query of the window.
-        heads: N, 64 or 128.
         kv: bf16 `[batch x S, C + R]`.
         indices: i32 `[all queries, K]`, K a multiple of 64.
         dscores: dS, bf16 `[window, K / 64, N, 64]`.
-        window: queries of the window; what lies past the last query is left as it is.
+        dq: a `jax.Ref`, bf16 `[all queries, N, C + R]`, N 64 or 128, of which it writes the window.
+        window: queries of the window.
         queries: T of a batch row.
         rows: S of a batch row.
         sms: CTAs.
         interpret: parameters of interpret mode, or None.
     """
-    width = kv.shape[-1]
+    total, heads, width = dq.shape
     part = share_columns(width)
     plan = _Plan(
         queries=queries,
@@ -199,7 +196,7 @@ def dq_of_queries(
         width=width,
         tiles=indices.shape[-1] // KEYS,
         window=window,
-        total=indices.shape[0],
+        total=total,
         lanes=max(1, min(sms // (width // part), window)),
         interpret=interpret is not None,
     )
@@ -212,9 +209,8 @@ def dq_of_queries(
     def sparse_attention_dq(*refs, **scratch):  # its name is the kernel's
         _kernel(*refs, plan=plan, **scratch)
 
-    return plgpu.kernel(
+    plgpu.kernel(
         sparse_attention_dq,
-        out_type=jax.ShapeDtypeStruct((window, heads, width), jnp.bfloat16),
         scratch_types={
             **landed,
             "ds_tile": tile(SLOTS, heads, KEYS),
@@ -234,4 +230,4 @@ def dq_of_queries(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         **({"interpret": interpret} if interpret is not None else {}),
-    )(first, kv, indices, dscores)
+    )(first, kv, indices, dscores, dq)

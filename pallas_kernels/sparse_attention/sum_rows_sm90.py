@@ -26,7 +26,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -140,7 +139,7 @@ def _load(plan: _Plan, first_tile, tile_count, rows, pairs, keys, s: _Shared):
     drain(s.freed, slot, filled, SLOTS)
 
 
-def _sum(plan: _Plan, side, first_tile, tile_count, before, sums, s: _Shared):
+def _sum(plan: _Plan, side, first_tile, tile_count, fresh, sums, s: _Shared):
     """LEFT or RIGHT."""
     columns = plan.columns(side)
 
@@ -166,20 +165,17 @@ def _sum(plan: _Plan, side, first_tile, tile_count, before, sums, s: _Shared):
     def unit(number, first, end, carry):
         block = lax.div(number, jnp.int32(plan.parts))
         part = lax.rem(number, jnp.int32(plan.parts))
-        places = [(pl.ds(block * BLOCK, BLOCK), pl.ds(*column)) for column in columns]
-        if plan.parts == 1:
-            accumulators = [
-                plgpu.load(before.at[place], layout=plgpu.Layout.WGMMA, optimized=False)
-                for place in places
-            ]
-        else:
-            accumulators = [
-                plgpu.layout_cast(jnp.zeros((BLOCK, width), jnp.float32), plgpu.Layout.WGMMA)
-                for _, width in columns
-            ]
+        places = [(part, pl.ds(block * BLOCK, BLOCK), pl.ds(*column)) for column in columns]
+        before = [
+            plgpu.load(sums.at[place], layout=plgpu.Layout.WGMMA, optimized=False)
+            for place in places
+        ]
+        accumulators = [
+            jnp.where(lax.broadcast_in_dim(fresh, total.shape, ()), 0.0, total) for total in before
+        ]
         accumulators, *carry = lax.fori_loop(first, end, tile, (accumulators, *carry))
         for place, total in zip(places, accumulators, strict=True):
-            sums.at[part, *place][...] = total
+            sums.at[place][...] = total
         return carry
 
     if side == LEFT:
@@ -190,7 +186,7 @@ def _sum(plan: _Plan, side, first_tile, tile_count, before, sums, s: _Shared):
     _for_each_unit(plan, first_tile, tile_count, unit, [zero, zero, zero])
 
 
-def _kernel(before, first_tile, tile_count, rows, pairs, keys, sums, *, plan: _Plan, **shared):
+def _kernel(first, first_tile, tile_count, rows, pairs, keys, sums, *, plan: _Plan, **shared):
     words = shared.pop("landed", shared["pairs_tile"])
     landing = Landing(words, 4 * INDEX_SLOTS * PAIRS, SLOTS, plan.interpret)
     s = _Shared(
@@ -202,7 +198,7 @@ def _kernel(before, first_tile, tile_count, rows, pairs, keys, sums, *, plan: _P
         @pl.when(role == side)
         def _(side=side):
             plgpu.set_max_registers(_REGISTERS[side], action="increase")
-            _sum(plan, side, first_tile, tile_count, before, sums, s)
+            _sum(plan, side, first_tile, tile_count, first[0] == 0, sums, s)
 
     @pl.when(role == LOADER)
     def _():
@@ -210,22 +206,23 @@ def _kernel(before, first_tile, tile_count, rows, pairs, keys, sums, *, plan: _P
         _load(plan, first_tile, tile_count, rows, pairs, keys, s)
 
 
-def sum_rows(before, rows, first_tile, tile_count, pairs, keys, *, parts, sms, interpret=None):
-    """f32 `[64 blocks, D]`: `before` and the rows that belong to each key.
+def sum_rows(first, rows, first_tile, tile_count, pairs, keys, sums, *, sms, interpret=None):
+    """Adds the rows that belong to each key to its sum, or starts the sum with them.
 
     Args:
-        before: f32 `[64 blocks, D]`.
+        first: i32 `[1]`, 0 where sums start, whatever `sums` holds.
         rows: bf16 `[pairs, D]`.
         first_tile: i32 `[blocks]`, where a block's list starts, in tiles of 64.
         tile_count: i32 `[blocks]`, how long it is.
         pairs: i32, the lists: a row, or -1.
         keys: i32, which key of the block each of `pairs` belongs to.
-        parts: into how many parts a list is cut, so that few blocks keep all CTAs busy.
+        sums: a `jax.Ref`, f32 `[parts, 64 blocks, D]`. A list is cut into parts, each with a sum
+            of its own, so that few blocks keep all CTAs busy.
         sms: CTAs.
         interpret: parameters of interpret mode, or None.
     """
     count, width = rows.shape
-    blocks = before.shape[0] // BLOCK
+    parts, blocks = sums.shape[0], sums.shape[1] // BLOCK
     plan = _Plan(
         width=width,
         rows=count,
@@ -239,9 +236,8 @@ def sum_rows(before, rows, first_tile, tile_count, pairs, keys, *, parts, sms, i
     def sparse_attention_sum_rows(*refs, **scratch):  # its name is the kernel's
         _kernel(*refs, plan=plan, **scratch)
 
-    sums = plgpu.kernel(
+    plgpu.kernel(
         sparse_attention_sum_rows,
-        out_type=jax.ShapeDtypeStruct((parts, blocks * BLOCK, width), jnp.float32),
         scratch_types={
             **landed,
             "ring": plgpu.SMEM((SLOTS, PAIRS, width), jnp.bfloat16, transforms=SWIZZLED),
@@ -259,8 +255,7 @@ def sum_rows(before, rows, first_tile, tile_count, pairs, keys, *, parts, sms, i
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         **({"interpret": interpret} if interpret is not None else {}),
-    )(before, first_tile, tile_count, rows, pairs, keys)
-    return sums[0] if parts == 1 else before + sums.sum(axis=0)
+    )(first, first_tile, tile_count, rows, pairs, keys, sums)
 
 
 def pairs_by_block(keys, *, blocks):

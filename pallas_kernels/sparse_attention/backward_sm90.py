@@ -1,10 +1,9 @@
 """The backward of sparse attention on Hopper, bit-equal between runs.
 
-Four kernels for a window of queries after another, as many as the workspace holds:
+Three kernels for a window of queries after another, as many as the workspace holds:
 
     weights_sm90    P and dS, [window, N, K] in bf16
-    dq_sm90         dQ = dS K
-    rows_sm90       for every query and selected key the row dS^T Q + P^T dO, in bf16
+    products_sm90   dQ = dS K, and for every query and selected key the row dS^T Q + P^T dO, in bf16
     sum_rows_sm90   dKV: the rows of each key added up in fp32, in the order of the queries
 
 Adding rows where they belong with atomics would take as long: a fp32 row costs 2.3 KB of atomic
@@ -23,9 +22,8 @@ from jax import lax
 
 from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.sparse_attention import (
-    dq_sm90,
     forward_sm90,
-    rows_sm90,
+    products_sm90,
     sum_rows_sm90,
     weights_sm90,
 )
@@ -91,9 +89,8 @@ def gradients(
             start, q, dout, out, lse, dlse, keys, indices, scale=scale, **options,
             interpret=interpret,
         )  # fmt: skip
-        dq_sm90.dq_of_queries(start, keys, indices, dscores, dq, **options, interpret=interpret)
-        added = rows_sm90.rows_of_queries(
-            start, q, dout, weights, dscores, window=window, sms=sms, interpret=interpret
+        added = products_sm90.dq_and_rows(
+            start, q, dout, keys, indices, weights, dscores, dq, **options, interpret=interpret
         )
         number = first + jnp.arange(window)[:, None]
         mine = jnp.take(indices, number[:, 0], axis=0, mode="fill", fill_value=-1)

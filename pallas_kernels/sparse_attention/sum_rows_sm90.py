@@ -89,7 +89,7 @@ def _for_each_unit(plan: _Plan, first_tile, tile_count, body, carry):
         return body(number, start + first, start + end, carry)
 
     units = jnp.int32(plan.blocks * plan.parts)
-    return strided_loop(units, unit, carry, axis="cta", ctas=plan.ctas)
+    return strided_loop(units, unit, carry, mine=lax.axis_index("cta"), ctas=plan.ctas)
 
 
 def _load(plan: _Plan, first_tile, tile_count, rows, pairs, keys, s: _Shared):

@@ -136,7 +136,8 @@ def _for_each_work(plan: _Plan, first, body, carry):
     """`carry = body(work, carry)` over this cluster's share of the window from `first`."""
     queries = jnp.minimum(plan.window, plan.total - first)
     work = queries * (plan.groups // plan.cluster)
-    return strided_loop(work, body, carry, axis="cluster", ctas=plan.clusters)
+    mine = lax.axis_index("cluster")
+    return strided_loop(work, body, carry, mine=mine, ctas=plan.clusters)
 
 
 def _load(plan: _Plan, first, q, dout, out, kv, indices, s: _Shared):

@@ -11,9 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.sparse_attention import (
     backward_sm90,
-    dq_sm90,
+    products_sm90,
     reference,
-    rows_sm90,
     sum_rows_sm90,
     weights_sm90,
 )
@@ -114,13 +113,12 @@ def test_second_window():
         assert error(found[:2], in_tiles(other)[1:]) < RELATIVE
 
     dq = jax.new_ref(jnp.zeros(q.shape, q.dtype))
-    dq_sm90.dq_of_queries(start, kv, indices, dscores, dq, **window)
+    added = products_sm90.dq_and_rows(
+        start, q, dout, kv, indices, weights, dscores, dq, **window
+    )  # fmt: skip
     assert no_races()
     dq = jax.freeze(dq)
     assert not dq[0].any()  # it comes before the window
-    options = {name: window[name] for name in ("window", "sms", "interpret")}
-    added = rows_sm90.rows_of_queries(start, q, dout, weights, dscores, **options)
-    assert no_races()
 
     def flat(x):
         return jnp.pad(wide(x)[0].swapaxes(1, 2).reshape(3, 128, 128)[:2], ((1, 0), (0, 0), (0, 0)))

@@ -27,6 +27,7 @@ from pallas_kernels.sparse_attention import (
     sum_rows_sm90,
     weights_sm90,
 )
+from pallas_kernels.sparse_attention.backward_lists import BLOCK, ascending, pairs_by_block
 from pallas_kernels.tiling import vary_like
 
 TILES = 128  # selected keys, of which the kernels take two tiles at a time
@@ -72,16 +73,17 @@ def gradients(
 
     q, dout, out, lse, dlse = (by_query(x) for x in (q, dout, out, lse, dlse))
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % TILES)), constant_values=-1)
-    indices = jnp.repeat(indices.reshape(batch * queries, -1), split, axis=0)
+    indices = ascending(indices.reshape(batch * queries, -1), rows)
+    indices = jnp.repeat(indices, split, axis=0)
     total = indices.shape[0]
     keys = kv.reshape(-1, width)
-    blocks = -(-keys.shape[0] // sum_rows_sm90.BLOCK)
+    blocks = -(-keys.shape[0] // BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
     window = _even(total, max(1, window * split), sms)
     options = {"window": window, "queries": queries * split, "rows": rows, "sms": sms}
     # The kernels write all of both: nothing has to be there before.
     dq = jax.new_ref(lax.empty((total, some, width), q.dtype))
-    sums = jax.new_ref(lax.empty((parts, blocks * sum_rows_sm90.BLOCK, width), jnp.float32))
+    sums = jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
 
     def step(first):
         start = first.reshape(1)
@@ -92,11 +94,11 @@ def gradients(
         added = products_sm90.dq_and_rows(
             start, q, dout, keys, indices, weights, dscores, dq, **options, interpret=interpret
         )
-        number = first + jnp.arange(window)[:, None]
-        mine = jnp.take(indices, number[:, 0], axis=0, mode="fill", fill_value=-1)
-        exists = (mine >= 0) & (mine < rows)
-        mine = jnp.where(exists, mine + number // (queries * split) * rows, -1)
-        lists = sum_rows_sm90.pairs_by_block(mine, blocks=blocks)
+        number = first + jnp.arange(window)
+        mine = jnp.take(indices, number, axis=0, mode="fill", fill_value=rows)
+        key = mine + (number // (queries * split) * rows)[:, None]  # in all rows of the batch
+        key = jnp.where(mine < rows, key, blocks * BLOCK)
+        lists = pairs_by_block(key, blocks=blocks)
         added = added.reshape(-1, width)
         sum_rows_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
 

@@ -6,7 +6,7 @@
     dKV[s] = sum of rows[p] over the pairs p of a query and a selected key that is s
 
 in an order that is always the same: nothing is added atomically. Keys are taken 64 at a time, a
-block. `pairs_by_block` lists for each block the pairs that belong to it, queries ascending. A CTA
+block. `backward_lists` lists for each block the pairs that belong to it, queries ascending. A CTA
 takes one block, or a part of its list, after the other:
 
     LOADER       gathers 64 of the listed rows into a slot of the ring
@@ -35,7 +35,6 @@ from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import CHUNK, SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import drain, next_slot, strided_loop
-from pallas_kernels.tiling import vary_like
 
 BLOCK = 64  # keys
 PAIRS = 64  # of a tile
@@ -256,46 +255,3 @@ def sum_rows(first, rows, first_tile, tile_count, pairs, keys, sums, *, sms, int
         ),
         **({"interpret": interpret} if interpret is not None else {}),
     )(first, first_tile, tile_count, rows, pairs, keys, sums)
-
-
-def pairs_by_block(keys, *, blocks):
-    """Lists the pairs of queries and selected keys by blocks of 64 keys.
-
-    Args:
-        keys: i32 `[queries, K]`, the selected keys, outside `0 .. 64 blocks - 1` where none is.
-            Any order will do, but one that does not rise takes a sort.
-        blocks: how many.
-
-    Returns:
-        `(first_tile, tile_count, pairs, keys)` as `sum_rows` takes them: a pair is the number
-        `query K + slot`; lists start at multiples of 64 and are filled up with -1.
-    """
-    queries, selected = keys.shape
-    exists = (keys >= 0) & (keys < BLOCK * blocks)
-    block = jnp.where(exists, keys // BLOCK, blocks)
-    query = jnp.arange(queries, dtype=jnp.int32)[:, None]
-    counts = jnp.zeros((queries, blocks), jnp.int32).at[query, block].add(1, mode="drop")
-    before = jnp.cumsum(counts, axis=0) - counts  # pairs of earlier queries in the block
-    total = counts.sum(axis=0)
-    tile_count = -(-total // PAIRS)
-    first_tile = jnp.cumsum(tile_count) - tile_count
-    # Which of the query's pairs it is, by block; less those of blocks before, which of the block's.
-    leading = jnp.all(exists[:, 1:] <= exists[:, :-1])
-    rises = jnp.all(~exists | (keys >= lax.cummax(jnp.where(exists, keys, -1), axis=1)))
-    ranks = [
-        lambda: jnp.broadcast_to(jnp.arange(selected, dtype=jnp.int32), keys.shape),
-        lambda: jnp.cumsum(exists, axis=1, dtype=jnp.int32) - 1,
-        lambda: jnp.argsort(jnp.argsort(block, axis=1), axis=1).astype(jnp.int32),
-    ]
-    ranks = [lambda rank=rank: vary_like(rank(), keys) for rank in ranks]
-    rank = lax.switch(jnp.where(rises, jnp.where(leading, 0, 1), 2), ranks)
-    skipped = jnp.cumsum(counts, axis=1) - counts
-    start = first_tile * PAIRS + before - skipped
-    position = jnp.take_along_axis(start, jnp.minimum(block, blocks - 1), axis=1) + rank
-    length = (queries * selected // PAIRS + blocks) * PAIRS
-    position = jnp.where(exists, position, length)
-    pairs = jnp.full((length,), -1, jnp.int32)
-    numbers = jnp.arange(queries * selected, dtype=jnp.int32)
-    pairs = pairs.at[position.reshape(-1)].set(numbers, mode="drop", unique_indices=True)
-    listed = keys.reshape(-1)[jnp.maximum(pairs, 0)] % BLOCK
-    return first_tile, tile_count, pairs, jnp.where(pairs >= 0, listed, -1)

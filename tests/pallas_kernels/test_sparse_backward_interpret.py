@@ -10,6 +10,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.sparse_attention import (
+    backward_lists,
     backward_sm90,
     products_sm90,
     reference,
@@ -128,22 +129,32 @@ def test_second_window():
         assert error(found, other[1:]) < RELATIVE
 
 
-@pytest.mark.parametrize(("order", "parts"), [("rising", 1), ("holes", 1), ("any", 2)])
-def test_sum_rows(order, parts):
-    """Keys that all queries select, that none does; lists cut into parts; bits, not tolerances."""
+@pytest.mark.parametrize("order", ["rising", "holes", "any"])
+def test_ascending(order):
     rng = np.random.default_rng(0)
-    queries, selected, keys, width = 5, 70, 150, 128
-    picked = np.full((queries, selected), -1, np.int32)
-    for t in range(queries):
-        count = [selected, 0, selected // 2, 1, selected][t]
-        picked[t, :count] = np.sort(rng.permutation(np.arange(10, keys))[:count])
+    picked = np.sort(rng.integers(0, 50, (3, 20)), axis=1)
+    picked[1, 9:] = -1
     if order != "rising":
-        picked[0, 3] = -1
+        picked[0, [3, 7, 9]] = -2, 50, 2**31 - 1
     if order == "any":
         picked = rng.permuted(picked, axis=1)
+    found = jax.jit(backward_lists.ascending, static_argnums=1)(jnp.asarray(picked), 50)
+    expected = np.sort(np.where((picked < 0) | (picked >= 50), 50, picked), axis=1)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_sum_rows(parts):
+    """Keys that all queries select, that none does; lists cut into parts; bits, not tolerances."""
+    rng = np.random.default_rng(0)
+    queries, selected, keys, width = 35, 70, 150, 128
+    picked = np.full((queries, selected), 192, np.int32)
+    for t in range(queries):
+        count = [selected, 0, selected // 2, 1, selected][t % 5]
+        picked[t, :count] = np.sort(rng.permutation(np.arange(10, keys))[:count])
     blocks = 3
     rows = jnp.asarray(rng.integers(-99, 99, (queries * selected, width)), jnp.bfloat16)
-    lists = jax.jit(functools.partial(sum_rows_sm90.pairs_by_block, blocks=blocks))(picked)
+    lists = jax.jit(functools.partial(backward_lists.pairs_by_block, blocks=blocks))(picked)
     before = rng.integers(-99, 99, (parts, blocks * 64, width)).astype(np.float32)
     flat = picked.reshape(-1)
     for first in (7, 0):  # goes on from what is there, or begins
@@ -153,5 +164,5 @@ def test_sum_rows(order, parts):
         )  # fmt: skip
         assert no_races()
         expected = before.sum(axis=0) * (first > 0)
-        np.add.at(expected, flat[flat >= 0], np.asarray(rows, np.float64)[flat >= 0])
+        np.add.at(expected, flat[flat < keys], np.asarray(rows, np.float64)[flat < keys])
         np.testing.assert_array_equal(jax.freeze(sums).sum(axis=0), expected)

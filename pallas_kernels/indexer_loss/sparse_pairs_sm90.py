@@ -91,7 +91,8 @@ class _Plan:
             return before + count, body(query, count, before, carry)
 
         start = jnp.int32(0), carry
-        return strided_loop(self.total, step, start, axis="cta", ctas=self.ctas)[1]
+        mine = lax.axis_index("cta")
+        return strided_loop(self.total, step, start, mine=mine, ctas=self.ctas)[1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,12 @@ heads of the query its columns: so a key is gathered once, and the sum over head
 registers of the four lanes that share a row. Three warpgroups:
 
     EVEN, ODD  every other tile of 64 keys
-    LOADER     fills a ring with chunks of 64 columns: of kv, then of ik
+    LOADER     fills a ring with parts of up to 128 columns: of kv, then of ik
 
-The ring holds less than a tile, so that the chunks of one warpgroup's tile arrive while the other
-exponentiates. The queries are replaced chunk by chunk as the last tile has used them.
+The ring holds less than a tile, so that the parts of one warpgroup's tile arrive while the other
+exponentiates. The queries are replaced part by part as the last tile has used them.
 
-SMEM at 576 columns and 128 heads: 147,456 of q, 16,384 of iq, 8 x 8,192 of ring, 1,280 of indices.
+SMEM at 576 columns and 128 heads: 147,456 of q, 16,384 of iq, 4 x 16,384 of ring, 1,280 of indices.
 Registers of a thread: EVEN and ODD 232 (96 of products, 48 of lse and iw), LOADER 40.
 """
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +33,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import Landing, gather_rows
-from pallas_kernels.hopper.tiles import CHUNK, LOG2E, SWIZZLED
+from pallas_kernels.hopper.tiles import LOG2E, SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import drain, next_slot, strided_loop
 
 INDEX_HEADS = 64  # I
 KEYS = 64  # of a tile
-SLOTS = 8  # of the ring, at most
+PART = 128  # columns, at most
+SLOTS = 4  # of the ring, at most
 INDEX_SLOTS = 4
 EVEN, ODD, LOADER = range(3)
 _REGISTERS = {EVEN: 232, ODD: 232, LOADER: 40}
+
+
+class _Part(NamedTuple):
+    """Some columns of kv and q, or of ik and iq."""
+
+    of_index: bool
+    start: int
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,21 +62,25 @@ class _Plan:
     rows: int  # S, of one batch row
     total: int  # queries of all batch rows
     heads: int  # 64 or 128
-    chunks: int  # of q and kv
-    index_chunks: int  # of iq and ik
+    width: int  # C + R
+    index_width: int  # H
     scale: float
     ctas: int
     interpret: bool
 
     @property
-    def steps(self) -> int:
-        """Chunks of a tile."""
-        return self.chunks + self.index_chunks
+    def parts(self) -> list[_Part]:
+        """Of a tile."""
+        return [
+            _Part(of_index, start, min(PART, width - start))
+            for of_index, width in ((False, self.width), (True, self.index_width))
+            for start in range(0, width, PART)
+        ]
 
     @property
     def slots(self) -> int:
         """Of the ring. No more than a tile: its loads then tell that indices before are read."""
-        return min(SLOTS, self.steps)
+        return min(SLOTS, len(self.parts))
 
     def for_each_query(self, tiles, body, carry):
         """`carry = body(query, its tiles, the tiles before, carry)` over this CTA's queries."""
@@ -78,29 +91,23 @@ class _Plan:
             return before + count, body(query, count, before, carry)
 
         start = jnp.int32(0), carry
-        return strided_loop(self.total, step, start, axis="cta", ctas=self.ctas)[1]
+        mine = lax.axis_index("cta")
+        return strided_loop(self.total, step, start, mine=mine, ctas=self.ctas)[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shared:
     """SMEM and barriers."""
 
-    query: Any  # bf16 [chunks x N, 64]
-    index_query: Any  # bf16 [index chunks x 64, 64]
-    ring: Any  # bf16 [slots, 64, 64]
+    query: list[Any]  # bf16 [N, width] of each part, or [64, width] of iq
+    ring: Any  # bf16 [slots, 64, PART]
     picked: Any  # i32 [INDEX_SLOTS + 1, 64]; the last row holds Landing's words
     picked_full: Any
-    query_full: Any  # a chunk of q or iq is there
+    query_full: Any  # a part of q or iq is there
     query_read: Any  # and no longer needed, by EVEN and by ODD
     freed: Any  # a slot of the ring
     started: Any
-    landing: Landing  # of a slot's chunk for EVEN, then for ODD: who waits must never miss one
-
-    def columns_of(self, chunk: int, plan: _Plan):
-        """A chunk of q or iq: `[heads, 64]`."""
-        if chunk < plan.chunks:
-            return self.query.at[pl.ds(chunk * plan.heads, plan.heads)]
-        return self.index_query.at[pl.ds((chunk - plan.chunks) * INDEX_HEADS, INDEX_HEADS)]
+    landing: Landing  # of a slot's part for EVEN, then for ODD: who waits must never miss one
 
 
 def _load(plan: _Plan, q, iq, kv, ik, indices, tiles, s: _Shared):
@@ -110,15 +117,14 @@ def _load(plan: _Plan, q, iq, kv, ik, indices, tiles, s: _Shared):
         source = indices.at[query, pl.ds(tile * KEYS, KEYS)]
         plgpu.copy_gmem_to_smem(source, s.picked.at[index_slot], s.picked_full.at[index_slot])
 
-    def load_query(query, chunk, later):
+    def load_query(query, number, part, later):
         @pl.when(later)
         def _():
-            plgpu.barrier_wait(s.query_read.at[chunk])
+            plgpu.barrier_wait(s.query_read.at[number])
 
-        table, number = (q, chunk) if chunk < plan.chunks else (iq, chunk - plan.chunks)
-        source = table.at[query, :, pl.ds(number * CHUNK, CHUNK)]
-        target = s.columns_of(chunk, plan)
-        plgpu.copy_gmem_to_smem(source, target, s.query_full.at[chunk])
+        table = iq if part.of_index else q
+        source = table.at[query, :, pl.ds(part.start, part.width)]
+        plgpu.copy_gmem_to_smem(source, s.query[number], s.query_full.at[number])
 
     def work_item(query, count, before, carry):
         first_row = lax.div(query, jnp.int32(plan.queries)) * plan.rows
@@ -134,28 +140,26 @@ def _load(plan: _Plan, q, iq, kv, ik, indices, tiles, s: _Shared):
 
             plgpu.barrier_wait(s.picked_full.at[index_slot])
             whose = lax.rem(before + j, jnp.int32(2))
-            for chunk in range(plan.steps):
+            for number, part in enumerate(plan.parts):
 
                 @pl.when(j == 0)
-                def _(chunk=chunk):
-                    load_query(query, chunk, before > 0)
+                def _(number=number, part=part):
+                    load_query(query, number, part, before > 0)
 
                 @pl.when(filled >= plan.slots)
                 def _(slot=slot):
                     plgpu.barrier_wait(s.freed.at[slot])
 
-                of_attention = chunk < plan.chunks
-                number = chunk if of_attention else chunk - plan.chunks
                 gather_rows(
-                    kv if of_attention else ik,
+                    ik if part.of_index else kv,
                     s.picked.at[index_slot],
                     s.ring.at[slot],
                     s.landing,
                     slot + plan.slots * whose,
                     first_row=first_row,
                     rows=plan.rows,
-                    first_column=number * CHUNK,
-                    columns=(0, CHUNK),
+                    first_column=part.start,
+                    columns=(0, part.width),
                     arrive=True,
                 )
                 slot, filled = next_slot(slot, plan.slots), filled + 1
@@ -170,8 +174,8 @@ def _load(plan: _Plan, q, iq, kv, ik, indices, tiles, s: _Shared):
 
     @pl.when(filled > 0)
     def _():
-        for chunk in range(plan.steps):
-            plgpu.barrier_wait(s.query_read.at[chunk])
+        for number in range(len(plan.parts)):
+            plgpu.barrier_wait(s.query_read.at[number])
 
 
 def _products(plan: _Plan, number, first, last, phases, s: _Shared):
@@ -184,36 +188,34 @@ def _products(plan: _Plan, number, first, last, phases, s: _Shared):
         phases: of the landing.
         s: what is shared.
     """
-    role = lax.rem(number, jnp.int32(2))
+    role, parts = lax.rem(number, jnp.int32(2)), plan.parts
+    slots = [lax.rem(number * len(parts) + i, jnp.int32(plan.slots)) for i in range(len(parts))]
     steps = []
-    slots = [
-        lax.rem(number * plan.steps + chunk, jnp.int32(plan.slots)) for chunk in range(plan.steps)
-    ]
 
-    def wait(chunk, slot, phases):
+    def wait(i, phases):
         @pl.when(first)
         def _():
-            plgpu.barrier_wait(s.query_full.at[chunk])
+            plgpu.barrier_wait(s.query_full.at[i])
 
-        s.landing.wait(slot + plan.slots * role, phases)
+        s.landing.wait(slots[i] + plan.slots * role, phases)
 
-    def free(chunk, slot):
-        plgpu.barrier_arrive(s.freed.at[slot])
-        plgpu.barrier_arrive(s.query_read.at[chunk], predicate=last)
+    def free(i):
+        plgpu.barrier_arrive(s.freed.at[slots[i]])
+        plgpu.barrier_arrive(s.query_read.at[i], predicate=last)
 
-    for chunk, slot in enumerate(slots):
-        steps.append(functools.partial(wait, chunk, slot, phases))
-        which = 0 if chunk < plan.chunks else 1
-        steps.append(Product(which, s.ring.at[slot], s.columns_of(chunk, plan).T))
-        if chunk:
-            steps += [Until(1), functools.partial(free, chunk - 1, slots[chunk - 1])]
-        phases = Landing.next(slot + plan.slots * role, phases)
+    for i, part in enumerate(parts):
+        steps.append(functools.partial(wait, i, phases))
+        keys = s.ring.at[slots[i], :, pl.ds(0, part.width)]
+        steps.append(Product(1 if part.of_index else 0, keys, s.query[i].T))
+        if i:
+            steps += [Until(1), functools.partial(free, i - 1)]
+        phases = Landing.next(slots[i] + plan.slots * role, phases)
     zeros = [
         plgpu.layout_cast(jnp.zeros((KEYS, columns), jnp.float32), plgpu.Layout.WGMMA)
         for columns in (plan.heads, INDEX_HEADS)
     ]
     found, index_found = multiply_add(zeros, steps, plan.interpret)
-    free(plan.steps - 1, slots[-1])
+    free(len(parts) - 1)
     return found, index_found, phases
 
 
@@ -240,9 +242,9 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, s: _Shared):
 
         @pl.when(mine == 0)
         def _():
-            for chunk in range(plan.steps):
-                plgpu.barrier_wait(s.query_full.at[chunk])
-                plgpu.barrier_arrive(s.query_read.at[chunk])
+            for i in range(len(plan.parts)):
+                plgpu.barrier_wait(s.query_full.at[i])
+                plgpu.barrier_arrive(s.query_read.at[i])
 
         bound, weight = (plgpu.load(x.at[query], layout=column, optimized=False) for x in (lse, iw))
         body = functools.partial(tile, query, before, shift, mine, bound, weight)
@@ -296,8 +298,8 @@ def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, 
         rows=rows,
         total=total,
         heads=heads,
-        chunks=width // CHUNK,
-        index_chunks=iq.shape[-1] // CHUNK,
+        width=width,
+        index_width=iq.shape[-1],
         scale=scale,
         ctas=min(sms, total),
         interpret=interpret is not None,
@@ -316,13 +318,14 @@ def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, 
         out_type=[jax.ShapeDtypeStruct(indices.shape, jnp.float32)] * 2,
         scratch_types={
             **landed,
-            "query": tile(plan.chunks * heads, CHUNK),
-            "index_query": tile(plan.index_chunks * INDEX_HEADS, CHUNK),
-            "ring": tile(plan.slots, KEYS, CHUNK),
+            "query": [
+                tile(INDEX_HEADS if part.of_index else heads, part.width) for part in plan.parts
+            ],
+            "ring": tile(plan.slots, KEYS, PART),
             "picked": plgpu.SMEM((INDEX_SLOTS + 1, KEYS), jnp.int32),
             "picked_full": plgpu.Barrier(num_barriers=INDEX_SLOTS),
-            "query_full": plgpu.Barrier(num_barriers=plan.steps),
-            "query_read": plgpu.Barrier(num_arrivals=2, num_barriers=plan.steps),
+            "query_full": plgpu.Barrier(num_barriers=len(plan.parts)),
+            "query_read": plgpu.Barrier(num_arrivals=2, num_barriers=len(plan.parts)),
             "freed": plgpu.Barrier(num_barriers=plan.slots),
             "started": plgpu.Barrier(),
         },

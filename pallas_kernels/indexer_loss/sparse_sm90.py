@@ -22,6 +22,7 @@ from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.indexer_loss import sparse_gradient_sm90, sparse_pairs_sm90
 from pallas_kernels.indexer_loss.reference import divergence, normalised, scores_gradient
 from pallas_kernels.sparse_attention import sum_rows_sm90
+from pallas_kernels.sparse_attention.backward_lists import BLOCK, ascending, pairs_by_block
 from pallas_kernels.tiling import vary_like
 
 KEYS = 64  # of a tile
@@ -53,8 +54,8 @@ class Residuals(NamedTuple):
     iq: jax.Array
     ik: jax.Array
     iw: jax.Array
-    indices: jax.Array
-    d: jax.Array  # f32 [B, T, K]: the gradient of kl for the scores; 0 where no key is selected
+    indices: jax.Array  # i32 [B, T, K']: ascending, S where none is; K' whole tiles
+    d: jax.Array  # f32 [B, T, K']: the gradient of kl for the scores; 0 where no key is selected
 
 
 def forward(iq, ik, iw, q, kv, lse, indices, *, scale: float, workspace_bytes: int = 0):
@@ -68,17 +69,22 @@ def forward_for_backward(
 ):
     """`(kl [B, T], Residuals)`."""
     del workspace_bytes
-    kl, d = compare(iq, ik, iw, q, kv, lse, indices, scale=scale)
+    kl, indices, d = compare(iq, ik, iw, q, kv, lse, indices, scale=scale)
     return kl, Residuals(iq, ik, iw, indices, d)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "sms", "interpret"))
 def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret: Any = None):
-    """`(kl, Residuals.d)`."""
+    """`(kl, indices and d of Residuals)`."""
     batch, queries, heads, width = q.shape
-    if 0 in (*indices.shape, kv.shape[1]):
-        return jnp.zeros((batch, queries), jnp.float32), jnp.zeros(indices.shape, jnp.float32)
     rows = kv.shape[1]
+    pads = ((0, 0), (0, 0), (0, -indices.shape[2] % KEYS))
+    indices = jnp.pad(indices, pads, constant_values=-1)
+    if 0 in (*indices.shape, rows):
+        nothing = jnp.zeros(indices.shape, jnp.float32)
+        return jnp.zeros((batch, queries), jnp.float32), indices, nothing
+    indices = ascending(indices.reshape(batch * queries, -1), rows).reshape(indices.shape)
+    exists = indices < rows
     # More than 128 heads are as many queries with the same keys.
     split = -(-heads // HEADS)
     some = -(-heads // split // 64) * 64
@@ -91,22 +97,19 @@ def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret
     def repeat(x):
         return jnp.repeat(x.reshape(batch * queries, *x.shape[2:]), split, axis=0)
 
-    exists = (indices >= 0) & (indices < rows)
-    padded = _padded(indices)
     # A head of a query without keys has no lse; one that fills up has no mass.
     lse = by_query(jnp.where(jnp.isfinite(lse), lse * LOG2E, 0.0), jnp.inf)
     mass, scores = sparse_pairs_sm90.pairs(
         by_query(q, 0), repeat(iq), kv.reshape(-1, width), ik.reshape(-1, ik.shape[-1]),
-        lse, repeat(iw), repeat(padded), repeat(_tiles(exists)),
+        lse, repeat(iw), repeat(indices), repeat(_tiles(exists)),
         queries=queries * split, rows=rows, scale=scale, sms=sms, interpret=interpret,
     )  # fmt: skip
     mass, scores = vary_like((mass, scores), (iq, ik, iw, q, kv))
-    selected = indices.shape[2]
-    mass, scores = (x.reshape(batch, queries, split, -1)[..., :selected] for x in (mass, scores))
+    mass, scores = (x.reshape(batch, queries, split, -1) for x in (mass, scores))
     mass = jnp.where(exists, mass.sum(axis=2), 0.0)
     scores = jnp.where(exists, scores[:, :, 0], 0.0)
     p = normalised(mass)
-    return divergence(p, scores, exists), scores_gradient(p, scores, exists)
+    return divergence(p, scores, exists), indices, scores_gradient(p, scores, exists)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
@@ -126,38 +129,38 @@ def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret
     if 0 in (*indices.shape, rows):
         return jnp.zeros_like(iq), jnp.zeros_like(ik), jnp.zeros_like(iw)
     total = batch * queries
-    exists = (indices >= 0) & (indices < rows)
-    tiles = _tiles(exists).reshape(total)
-    pads = ((0, 0), (0, 0), (0, -indices.shape[2] % KEYS))
-    d = jnp.pad(jnp.where(exists, g[..., None] * d, 0.0), pads).reshape(total, -1)
-    indices = _padded(jnp.where(exists, indices, -1)).reshape(total, -1)
+    d = (g[..., None] * d).reshape(total, -1)
+    indices = indices.reshape(total, -1)
+    tiles = _tiles(indices < rows)
     arrays = iq.reshape(total, heads, width), ik.reshape(-1, width), iw.reshape(total, heads)
-    blocks = -(-batch * rows // sum_rows_sm90.BLOCK)
+    blocks = -(-batch * rows // BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
     window = min(max(1, window), total)
     window = -(-total // -(-total // window))  # windows of one size
+    # The kernel writes all of it: nothing has to be there before.
+    sums = jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
 
-    def step(dik, first):
+    def step(first):
+        start = first.reshape(1)
         added, diq, diw = sparse_gradient_sm90.gradient(
-            first.reshape(1), *arrays, d, indices, tiles,
+            start, *arrays, d, indices, tiles,
             window=window, queries=queries, rows=rows, sms=sms, interpret=interpret,
         )  # fmt: skip
-        number = first + jnp.arange(window)[:, None]
-        mine = jnp.take(indices, number[:, 0], axis=0, mode="fill", fill_value=-1)
-        mine = jnp.where(mine >= 0, mine + number // queries * rows, -1)
-        lists = sum_rows_sm90.pairs_by_block(mine, blocks=blocks)
+        number = first + jnp.arange(window)
+        mine = jnp.take(indices, number, axis=0, mode="fill", fill_value=rows)
+        key = mine + (number // queries * rows)[:, None]  # in all rows of the batch
+        lists = pairs_by_block(jnp.where(mine < rows, key, blocks * BLOCK), blocks=blocks)
         added = added.reshape(-1, width)
-        dik = sum_rows_sm90.sum_rows(dik, added, *lists, parts=parts, sms=sms, interpret=interpret)
-        # The kernels do not tell over which mesh axes their results vary.
-        return vary_like((dik, (diq, diw)), residuals)
+        sum_rows_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
+        return diq, diw
 
-    dik = jnp.zeros((blocks * sum_rows_sm90.BLOCK, width), jnp.float32)
-    dik = vary_like(dik, residuals)
     firsts = jnp.arange(0, total, window, dtype=jnp.int32)
     if len(firsts) == 1:
-        dik, results = step(dik, firsts[0])
+        results = step(firsts[0])
     else:
-        dik, results = lax.scan(step, dik, firsts)
+        _, results = lax.scan(lambda _, first: (None, step(first)), None, firsts)
+    # The kernels do not tell over which mesh axes their results vary.
+    dik, results = vary_like((jax.freeze(sums).sum(axis=0), results), residuals)
     diq, diw = (
         x.reshape(-1, *like.shape[2:])[:total].reshape(like.shape)
         for x, like in zip(results, (iq, iw), strict=True)
@@ -165,14 +168,6 @@ def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret
     return diq, dik[: batch * rows].reshape(ik.shape).astype(ik.dtype), diw
 
 
-def _padded(indices):
-    """Indices of whole tiles."""
-    pads = ((0, 0), (0, 0), (0, -indices.shape[2] % KEYS))
-    return jnp.pad(indices, pads, constant_values=-1)
-
-
 def _tiles(exists):
-    """How many tiles there are up to each query's last key; at least one."""
-    number = jnp.arange(1, exists.shape[-1] + 1, dtype=jnp.int32)
-    last = jnp.max(jnp.where(exists, number, 0), axis=-1)
-    return jnp.maximum(-(-last // KEYS), 1)
+    """How many tiles hold each query's keys, which come first; at least one."""
+    return jnp.maximum(-(-exists.sum(axis=-1, dtype=jnp.int32) // KEYS), 1)

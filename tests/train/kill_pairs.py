@@ -4,8 +4,8 @@
 
 A round starts both processes, waits for a random number of steps and then for a random part of a
 second, and kills one: its worker, or the parent that a launcher sees. The other one must end by
-itself, with a sentence, within `pair_runs.BOUND` seconds; `START` more if one was killed before both
-had come together. Checkpoints are written at every step, so most kills fall into a save. Every
+itself, with a sentence, within `pair_runs.BOUND` seconds; `START` more if one was killed before
+both had come together. Checkpoints are written at every step, so most kills fall into a save. Every
 round starts where the last kill has left the folder.
 """
 

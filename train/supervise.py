@@ -59,6 +59,7 @@ def supervise(name: str, start_timeout: int, work: Callable[[Worker], int]) -> i
     child = _fork()
     if child == 0:
         os.close(ours)
+        os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent, which passes it on: once
         _die_with(parent)
         os._exit(_guarded(work, Worker(theirs)))
     os.close(theirs)

@@ -57,7 +57,7 @@ def cut(folder, tokens):
     run = folder / "cut"
     group = launch(folder, tokens, "cut")
     group.until_step(run / "metrics.jsonl", 2)
-    os.kill(group.workers[1].pid, signal.SIGTERM)
+    os.kill(group.workers[1].pid, signal.SIGINT)  # one is handed on as the other
     noticed = group.wait(120), checkpoints(run), group.logs[0].read_text()
     group = launch(folder, tokens, "cut")
     killed = [kill_round(group, run / "metrics.jsonl", 1, 0.05, 1, False)]

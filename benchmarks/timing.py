@@ -92,8 +92,12 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
 
 def _kernels(fn: Callable[..., Any], *args: Any, repeats: int = 2) -> Runs:
     """What CUPTI saw of each of so many calls, at least 2, after one to warm up."""
-    _, timings = profiler.measure(fn, aggregate=False, iterations=repeats)(*args)
-    if timings is None:
+    try:
+        _, timings = profiler.measure(fn, aggregate=False, iterations=repeats)(*args)
+    except RuntimeError:  # two kernels ran side by side, and ended in another order once
+        alone = profiler.measure(fn, aggregate=False, iterations=1)
+        timings = [alone(*args)[1] for _ in range(repeats)]
+    if timings is None or None in timings:
         raise RuntimeError("CUPTI saw no kernel: device_time needs an NVIDIA GPU")
     return cast(Runs, timings)
 

@@ -16,6 +16,8 @@ from dsa_jax.mla import MLA, Mode, Rows
 from dsa_jax.moe import MoE, SwiGLU
 from dsa_jax.norms import RMSNorm, round_to
 from dsa_jax.plan import LayerKind
+from dsa_jax.sharding import Rules
+from dsa_jax.spread import gathered, pinned
 from pallas_kernels import Selection
 
 
@@ -59,6 +61,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
+        rules: Rules | None = None,
     ):
         def norm() -> RMSNorm:
             return RMSNorm(
@@ -71,14 +74,15 @@ class Block(nnx.Module):
 
         options: dict[str, Any] = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.input_layernorm = norm()
-        self.self_attn = MLA(config, kind.has_indexer, **options)
+        self.self_attn = MLA(config, kind.has_indexer, **options, rules=rules)
         self.post_attention_layernorm = norm()
         self.mlp = (
-            MoE(config, **options)
+            MoE(config, **options, rules=rules)
             if kind.has_experts
             else SwiGLU(config, config.intermediate_size, **options)
         )
         self.dtype = jnp.dtype(dtype)
+        self.rules = rules or Rules()
 
     def __call__(
         self,
@@ -90,14 +94,16 @@ class Block(nnx.Module):
         shared: Selection | None = None,
     ) -> BlockOutput:
         """Runs the layer; arguments as for `MLA`, `h` the residual sum."""
-        attention = self.self_attn(self.input_layernorm(h), rows, mode, layer, cache, shared)
-        h = self._add(h, attention.out)
-        x = self.post_attention_layernorm(h)
+        here = gathered(self, self.rules, self.dtype)
+        h = pinned(h, self.rules, "B T _")
+        attention = here.self_attn(here.input_layernorm(h), rows, mode, layer, cache, shared)
+        h = pinned(self._add(h, attention.out), self.rules, "B T _")
+        x = here.post_attention_layernorm(h)
         load = None
-        if isinstance(self.mlp, MoE):
-            update, load = self.mlp(x, rows.valid)
+        if isinstance(here.mlp, MoE):
+            update, load = here.mlp(x, rows.valid)
         else:
-            update = self.mlp(x)
+            update = here.mlp(x)
         h = self._add(h, update)
         return BlockOutput(
             h, attention.cache, attention.selection, attention.kl, load, attention.probe

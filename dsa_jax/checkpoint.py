@@ -153,7 +153,8 @@ def load(
     reader = CheckpointReader(path)
 
     def make(param_dtype: DTypeLike) -> Transformer:
-        return Transformer(reader.config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        return Transformer(reader.config, rngs=nnx.Rngs(0), rules=rules, **options)
 
     stored = {name: leaf for name, leaf in reader.leaves.items() if name[0] != "mtp"}
     return _load(reader, stored, make, mesh, rules, param_dtype, ())
@@ -256,7 +257,13 @@ def abstract_model(
 ) -> Transformer:
     """A model of shapes: `jax.ShapeDtypeStruct` leaves that carry the sharding they shall get."""
     return _abstract(
-        lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype),
+        lambda: Transformer(
+            config,
+            rngs=nnx.Rngs(0),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rules=rules,
+        ),
         mesh,
         rules,
     )

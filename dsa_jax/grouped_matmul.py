@@ -27,7 +27,8 @@ def grouped_matmul(
     Args:
         x: rows sorted by group.
         w: one matrix a group.
-        group_sizes: rows of each group, summing to M; zero is allowed.
+        group_sizes: rows of each group; zero is allowed. Rows after the last group must be finite,
+            and what stands in their place in the result, and in the gradient of x, is undefined.
     """
     if _kernel_serves(x, w):
         return sm90.multiply(x, w, group_sizes)
@@ -65,6 +66,7 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def _on_cpu(x: Array, w: Array, group_sizes: Array) -> Array:
     rows, groups = x.shape[0], w.shape[0]
+    group_sizes = group_sizes.at[-1].add(rows - group_sizes.sum())  # whole tiles of all rows
     tile = min(max(8, 1 << max(rows // groups - 1, 0).bit_length()), 128)
     tiles = rows // tile + groups  # each group wastes less than one
     if tiles * w[0].size * w.dtype.itemsize > _TILED_WEIGHT_BYTES:

@@ -9,7 +9,7 @@ model, with nothing more than `jax.grad`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,11 @@ from jaxtyping import Array, Float32
 
 from dsa_jax.config import Numerics
 from dsa_jax.indexer import Indexer, for_loss
+from dsa_jax.linear import Linear
+from dsa_jax.mesh_ops import indexer_kl_dense_loss, indexer_kl_sparse
 from dsa_jax.rope import Rotation
-from pallas_kernels import KeyRange, Selection, indexer_kl_dense_loss, indexer_kl_sparse
+from dsa_jax.sharding import Rules
+from pallas_kernels import KeyRange, Selection
 
 # Remat policies keep this, or the backward pass would run the loss a second time.
 GRADIENT_NAME = "indexer_gradient"
@@ -64,13 +67,28 @@ def mean_over_rows(kl: Float32[Array, "B T"], ranges: KeyRange) -> Float32[Array
     return (row_weights(ranges) * kl).sum()
 
 
+class LossOptions(NamedTuple):
+    """What is the same for all layers.
+
+    Attributes:
+        numerics: whether the loss sees the quantised indexer.
+        scale: the attention's softmax scale.
+        rules: from letters to the axes of the mesh.
+        whole: makes the indexer's weights whole; their gradient comes back cut, and so is kept.
+    """
+
+    numerics: Numerics
+    scale: float
+    rules: Rules
+    whole: Callable[[Indexer], Indexer]
+
+
 def dense_loss(
     indexer: Indexer,
-    numerics: Numerics,
     tokens: tuple[Array, Array, Rotation],
-    target: tuple[Array, Array, Array],
+    target: tuple[Array, Array, Linear, Array],
     ranges: KeyRange,
-    scale: float,
+    options: LossOptions,
 ) -> Float32[Array, ""]:
     """Warm-up: KL(p || softmax(I)) over all visible keys, a row's mean.
 
@@ -78,48 +96,49 @@ def dense_loss(
 
     Args:
         indexer: what learns.
-        numerics: whether the loss sees the quantised indexer.
         tokens: the indexer's arguments.
-        target: the attention's un-absorbed queries, keys and lse.
+        target: the attention's un-absorbed queries, latent keys, their up-projection, and lse.
         ranges: the keys each query may see.
-        scale: the attention's softmax scale.
+        options: the same for all layers.
     """
 
     def loss(indexer: Indexer, inputs: Any) -> Array:
-        tokens, (q, k, lse), ranges = inputs
-        iq, ik, iw, _ = for_loss(indexer(*tokens), numerics)
+        tokens, (q, kv, up, lse), ranges = inputs
+        heads = for_loss(options.whole(indexer)(*tokens), options.numerics)
         # A mean's weights are known beforehand: so value and gradient share one target.
         weights = row_weights(ranges)
-        return indexer_kl_dense_loss(iq, ik, iw, q, k, lse, ranges, weights, scale=scale)
+        return indexer_kl_dense_loss(
+            heads, q, kv, up, lse, ranges, weights, scale=options.scale, rules=options.rules
+        )
 
     return leaf_loss(loss, indexer, (tokens, target, ranges))
 
 
 def sparse_loss(
     indexer: Indexer,
-    numerics: Numerics,
     tokens: tuple[Array, Array, Rotation],
     target: tuple[Array, Array, Array],
     ranges: KeyRange,
     selection: Selection,
-    scale: float,
+    options: LossOptions,
 ) -> Float32[Array, ""]:
     """Sparse stage: the same over the selected keys, of both distributions.
 
     Args:
         indexer: what learns.
-        numerics: whether the loss sees the quantised indexer.
         tokens: the indexer's arguments.
         target: the attention's absorbed queries, latent keys and lse.
         ranges: the keys each query may see; they say which rows count.
         selection: the keys the attention read.
-        scale: the attention's softmax scale.
+        options: the same for all layers.
     """
 
     def loss(indexer: Indexer, inputs: Any) -> Array:
         tokens, (q, kv, lse), ranges, selection = inputs
-        iq, ik, iw, _ = for_loss(indexer(*tokens), numerics)
-        kl = indexer_kl_sparse(iq, ik, iw, q, kv, lse, selection, scale=scale)
+        heads = for_loss(options.whole(indexer)(*tokens), options.numerics)
+        kl = indexer_kl_sparse(
+            heads, q, kv, lse, selection, scale=options.scale, rules=options.rules
+        )
         return mean_over_rows(kl, ranges)
 
     return leaf_loss(loss, indexer, (tokens, target, ranges, selection))

@@ -11,6 +11,7 @@ c through `kv_b_proj`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -24,18 +25,20 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from dsa_jax.cache import LayerCache, append
 from dsa_jax.config import ModelConfig
 from dsa_jax.indexer import Indexer, IndexerHeads, for_selection
-from dsa_jax.indexer_loss import dense_loss, sparse_loss
+from dsa_jax.indexer_loss import LossOptions, dense_loss, sparse_loss
 from dsa_jax.linear import Linear, float_param_dtype
+from dsa_jax.mesh_ops import (
+    dense_attention,
+    lightning_indexer,
+    per_head,
+    sparse_attention,
+)
 from dsa_jax.norms import RMSNorm
 from dsa_jax.quantization import round_trip
 from dsa_jax.rope import Rotation, rotate
-from pallas_kernels import (
-    KeyRange,
-    Selection,
-    dense_attention,
-    lightning_indexer,
-    sparse_attention,
-)
+from dsa_jax.sharding import Rules
+from dsa_jax.spread import gathered, pinned
+from pallas_kernels import KeyRange, Selection
 
 Attention = Literal["dense", "sparse", "masked"]
 IndexerLoss = Literal["dense", "sparse"]
@@ -117,21 +120,6 @@ def absorb_query(
     return jnp.concatenate([jnp.einsum("BTNP,CNP->BTNC", nope, w_uk), rope], axis=-1)
 
 
-def expand_keys(
-    expanded: Float[Array, "B S N P+V"], rope: Float[Array, "B S R"], P: int
-) -> tuple[Float[Array, "B S N P+R"], Float[Array, "B S N V"]]:
-    """Per-head keys and values.
-
-    Args:
-        expanded: `kv_b_proj` of the latents, per head first the keys' P columns, then the values.
-        rope: the rotary key, which all heads share.
-        P: where to split.
-    """
-    nope, v = expanded[..., :P], expanded[..., P:]
-    shared = jnp.broadcast_to(rope[:, :, None], (*nope.shape[:-1], rope.shape[-1]))
-    return jnp.concatenate([nope, shared], axis=-1), v
-
-
 def masked_attention(
     q: Float[Array, "B T N P+R"],
     k: Float[Array, "B S N P+R"],
@@ -174,6 +162,7 @@ class MLA(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
+        rules: Rules | None = None,
     ):
         N, D, C = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
 
@@ -212,6 +201,8 @@ class MLA(nnx.Module):
             else None
         )
         self.config = config
+        self.rules = rules or Rules()
+        self.dtype = jnp.dtype(dtype)
 
     def __call__(
         self,
@@ -233,14 +224,15 @@ class MLA(nnx.Module):
             shared: the selection of the full layer before, which a layer without an indexer reuses.
         """
         c = self.config
-        q_latent = self.q_a_layernorm(self.q_a_proj(x))
-        q = self._queries(q_latent, rows.turn)
-        kv = self._latent_keys(x, rows.turn)
+        q_latent = pinned(self.q_a_layernorm(self.q_a_proj(x)), self.rules, "B T _")
+        q = pinned(self._queries(q_latent, rows.turn), self.rules, "B T N _")
+        kv = pinned(self._latent_keys(x, rows.turn), self.rules, "B T _")
         tokens = jax.lax.stop_gradient((x, q_latent, rows.turn))
         index = None
         if self.indexer is not None and (mode.select or cache is not None):
             # No gradient goes through a selection, so none is prepared.
-            index = for_selection(jax.lax.stop_gradient(self.indexer)(*tokens), c.numerics)
+            indexer = gathered(self.indexer, self.rules, self.dtype, "indexer/")
+            index = for_selection(jax.lax.stop_gradient(indexer)(*tokens), c.numerics)
         if cache is not None:
             cache = _extend(cache, kv, index, rows)
             kv = cache.kv
@@ -254,35 +246,30 @@ class MLA(nnx.Module):
         if mode.attention == "sparse":
             assert selection is not None
             latent, lse = sparse_attention(
-                q_abs, kv, selection, value_width=c.kv_lora_rank, scale=c.softmax_scale
+                q_abs, kv, selection,
+                value_width=c.kv_lora_rank, scale=c.softmax_scale, rules=self.rules,
+            )  # fmt: skip
+            out = jnp.einsum("BTNC,CNV->BTNV", latent, w_uv)
+        elif mode.attention == "dense":
+            out, lse = dense_attention(
+                q, kv, self.kv_b_proj, rows.ranges, scale=c.softmax_scale, rules=self.rules
             )
-            out, k = jnp.einsum("BTNC,CNV->BTNV", latent, w_uv), None
         else:
-            out, lse, k = self._attend_expanded(q, kv, rows.ranges, mode, selection)
+            assert selection is not None
+            k, v = per_head(self.kv_b_proj, kv, q)
+            out, lse = masked_attention(q, k, v, selection, scale=c.softmax_scale)
 
         kl = None
         if mode.indexer_loss == "dense":
-            kl = self._loss(dense_loss, tokens, (q, k, lse), rows.ranges)
+            kl = self._loss(dense_loss, tokens, (q, kv, self.kv_b_proj, lse), rows.ranges)
         elif mode.indexer_loss == "sparse":
             kl = self._loss(sparse_loss, tokens, (q_abs, kv, lse), rows.ranges, selection)
         probe = None
         if mode.probe is not None:
             probe = mode.probe(state._replace(selection=selection))
-        out = self.o_proj(out.reshape(*out.shape[:2], -1))
+        out = pinned(out, self.rules, "B T N _").reshape(*out.shape[:2], -1)
+        out = self.o_proj(out)
         return AttentionOutput(out, cache, selection, kl, probe)
-
-    def _attend_expanded(
-        self, q: Array, kv: Array, ranges: KeyRange, mode: Mode, selection: Selection | None
-    ) -> tuple[Float[Array, "B T N V"], Float32[Array, "B T N"], Float[Array, "B S N P+R"]]:
-        """The MHA modes: output, lse, and the keys, which the warm-up loss reads again."""
-        c = self.config
-        latent, rope = kv[..., : c.kv_lora_rank], kv[..., c.kv_lora_rank :]
-        expanded = self.kv_b_proj(latent).reshape(*kv.shape[:2], c.num_attention_heads, -1)
-        k, v = expand_keys(expanded, rope, c.qk_nope_head_dim)
-        if mode.attention == "dense":
-            return *dense_attention(q, k, v, ranges, scale=c.softmax_scale), k
-        assert selection is not None
-        return *masked_attention(q, k, v, selection, scale=c.softmax_scale), k
 
     def _queries(self, q_latent: Array, turn: Rotation) -> Float[Array, "B T N P+R"]:
         c = self.config
@@ -323,8 +310,7 @@ class MLA(nnx.Module):
             topk = self.config.index_topk
             assert index is not None
             assert topk is not None
-            q, k, w, k_scale = index
-            selection = lightning_indexer(q, k, w, state.ranges, topk=topk, k_scale=k_scale)
+            selection = lightning_indexer(index, state.ranges, topk=topk, rules=self.rules)
         indices = jax.lax.stop_gradient(selection.indices)
         return Selection(checkpoint_name(indices, SELECTION_NAME))
 
@@ -333,7 +319,9 @@ class MLA(nnx.Module):
         if self.indexer is None:
             return jnp.float32(0)
         c = self.config
-        return loss(self.indexer, c.numerics, tokens, target, *selected, c.softmax_scale)
+        whole = functools.partial(gathered, rules=self.rules, dtype=self.dtype, within="indexer/")
+        options = LossOptions(c.numerics, c.softmax_scale, self.rules, whole)
+        return loss(self.indexer, tokens, target, *selected, options)
 
 
 def _extend(cache: LayerCache, kv: Array, index: IndexerHeads | None, rows: Rows) -> LayerCache:

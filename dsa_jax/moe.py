@@ -6,19 +6,26 @@ scores weigh them. Nothing is dropped: tokens are sorted by expert and multiplie
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from dsa_jax import expert_parallel, spread
 from dsa_jax.config import ModelConfig
+from dsa_jax.expert_parallel import Rows
 from dsa_jax.grouped_matmul import grouped_matmul
 from dsa_jax.linear import Linear, float_param_dtype
 from dsa_jax.norms import round_to
 from dsa_jax.quantization import E4M3, round_trip, weight_dequant, weight_quant
+from dsa_jax.sharding import Rules, letters_of, path_name
+from pallas_kernels.tiling import vary_like
 
 
 def gate_product(
@@ -159,29 +166,52 @@ class Experts(nnx.Module):
         return grouped_matmul(x, w.astype(self.dtype), group_sizes)
 
     def __call__(
-        self, x: Float[Array, "M D"], group_sizes: Int32[Array, " E"]
+        self,
+        x: Float[Array, "M D"],
+        group_sizes: Int32[Array, " E"],
+        live: Bool[Array, " M"] | None = None,
     ) -> Float[Array, "M D"]:
-        """SwiGLU of every row by its expert; rows sorted by expert."""
-        gate = self._matmul("gate_proj", x, group_sizes)
-        up = self._matmul("up_proj", x, group_sizes)
-        hidden = gate_product(gate, up, round_first=self.round_first)
-        return self._matmul("down_proj", hidden, group_sizes)
+        """SwiGLU of every row by its expert; rows sorted by expert.
+
+        Args:
+            x: the rows.
+            group_sizes: of each expert.
+            live: False for the rows after the last expert's, if there are any: zeros come out.
+        """
+
+        def product(name: str, x: Array) -> Array:
+            out = self._matmul(name, x, group_sizes)
+            return out if live is None else jnp.where(live[:, None], out, 0)
+
+        gate, up = product("gate_proj", x), product("up_proj", x)
+        return product("down_proj", gate_product(gate, up, round_first=self.round_first))
+
+    def whole(self, axes: tuple[str, ...]) -> Experts:
+        """The same experts with the model width whole, in the compute dtype: inside `shard_map`.
+
+        Args:
+            axes: over which the model width is cut.
+        """
+
+        def leaf(path: Any, w: Array) -> Array:
+            letters = letters_of("experts/" + path_name(path)).replace(" ", "")
+            if w.dtype in (jnp.float32, jnp.bfloat16) and "_scale" not in path_name(path):
+                w = w.astype(self.dtype)
+            if not axes or "X" not in letters:
+                return w
+            return lax.all_gather(w, axes, axis=letters.index("X"), tiled=True)
+
+        return jax.tree_util.tree_map_with_path(leaf, self)
 
 
-def dispatch(routing: Routing, experts: int) -> tuple[Array, Array, Array]:
-    """How to sort copies of tokens by expert, and back.
-
-    Returns:
-        token: `[M k]`, the token of each sorted row.
-        row: `[M, k]`, the sorted row of each token's j-th expert.
-        group_sizes: `[E]`, rows of each expert.
-    """
+def dispatch(routing: Routing, experts: int) -> Rows:
+    """How to sort copies of tokens by expert, and back."""
     tokens, k = routing.experts.shape
     flat = routing.experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     row = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
     group_sizes = jnp.zeros((experts,), jnp.int32).at[flat].add(1)
-    return order // k, row.reshape(tokens, k), group_sizes
+    return Rows(order // k, row.reshape(tokens, k), group_sizes)
 
 
 class MoE(nnx.Module):
@@ -194,8 +224,10 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
+        rules: Rules | None = None,
     ):
         self.config = config
+        self.rules = rules or Rules()
         self.gate = Router(config, rngs=rngs, param_dtype=param_dtype)
         self.experts = Experts(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         width = config.moe_intermediate_size * config.n_shared_experts
@@ -217,15 +249,54 @@ class MoE(nnx.Module):
         Returns:
             The output, and how many counted tokens each expert got.
         """
-        flat = x.reshape(-1, x.shape[-1])
-        routing = self.gate(flat)
-        token, row, group_sizes = dispatch(routing, self.config.n_routed_experts)
-        out = self.experts(flat[token], group_sizes)[row].astype(jnp.float32)
-        out = (out * routing.weights[..., None]).sum(axis=1)
-        if self.config.numerics.round_experts:
-            out = round_to(out, x.dtype)
+        letters = jax.tree_util.tree_map_with_path(
+            lambda path, _: letters_of("experts/" + path_name(path)), self.experts
+        )
+        gate = jax.tree.map(lambda w: "_" * w.ndim, self.gate)
+        run = spread.per_device(
+            self._routed(), self.rules, (gate, letters, "B T _", "B T"), ("B T _", "_")
+        )
+        out, load = run(self.gate, self.experts, x, counted)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(flat).astype(jnp.float32)
-        load = jnp.zeros((self.config.n_routed_experts,), jnp.float32)
-        load = load.at[routing.experts].add(counted.reshape(-1, 1).astype(jnp.float32))
-        return out.astype(x.dtype).reshape(x.shape), load
+            out = out + self.shared_experts(x).astype(jnp.float32)
+        return out.astype(x.dtype), load
+
+    def _routed(self) -> Callable:
+        """The routed experts' part of a call, of a device's own tokens and experts."""
+        axes_of = functools.partial(spread.axes_of, self.rules)
+        dealt, cut, split = axes_of("E"), axes_of("X"), axes_of("F")
+        tokens = axes_of("B") + axes_of("T")
+        _check_axes(self.rules, dealt, tokens)
+
+        def run(gate: Router, experts: Experts, x: Array, counted: Array) -> tuple[Array, Array]:
+            flat = x.reshape(-1, x.shape[-1])
+            routing = gate(flat)
+            rows = dispatch(routing, self.config.n_routed_experts)
+            experts = vary_like(experts, x).whole(cut)
+            if dealt:
+                out = expert_parallel.routed(_apply, experts, flat, rows, routing.weights, dealt)
+            else:
+                out = experts(flat[rows.token], rows.group_sizes)[rows.row].astype(jnp.float32)
+                out = (out * routing.weights[..., None]).sum(axis=1)
+            if split:
+                out = lax.psum(out, split)
+            if self.config.numerics.round_experts:
+                out = round_to(out, x.dtype)
+            load = jnp.zeros((self.config.n_routed_experts,), jnp.float32)
+            load = load.at[routing.experts].add(counted.reshape(-1, 1).astype(jnp.float32))
+            return out.reshape(x.shape), lax.psum(load, tokens) if tokens else load
+
+        return run
+
+
+def _apply(experts: Experts, x: Array, group_sizes: Array, live: Array) -> Array:
+    return experts(x, group_sizes, live)
+
+
+def _check_axes(rules: Rules, dealt: tuple[str, ...], tokens: tuple[str, ...]) -> None:
+    if strange := [axis for axis in dealt if axis not in tokens]:
+        raise ValueError(
+            f"Rules.E={rules.E!r}: axis {strange[0]!r} does not split tokens (Rules.B={rules.B!r}, "
+            f"Rules.T={rules.T!r}), so nothing could travel along it; deal experts out over axes "
+            "that do"
+        )

@@ -8,7 +8,7 @@ Every dimension of every array has a letter. `Rules` says which mesh axes split 
 
 Weights and activations share one table of rules, so an array must not carry two letters that the
 rules send to the same axis: a batch is `B T _` and not `B T D`, because fsdp splits B already. The
-collision check names both letters.
+collision check names both letters. How computation follows is `dsa_jax.spread`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-# What runs today. The other axes are part of every mesh so that specs and configs need not change
-# when they come to life.
-_RUNNING = ("data", "fsdp")
 
 type Axes = str | tuple[str, ...] | None
 
@@ -41,22 +38,19 @@ class MeshConfig:
     """Parts that parameters and optimizer state are cut into; each also sees its own part of the
     batch."""
     expert: int = 1
-    """Parts that the routed experts are dealt into. Only 1 runs today."""
+    """Groups of experts, times `context`: routed experts are dealt out over expert x context
+    devices, and tokens travel to them. Each also sees its own part of the batch, and all other
+    parameters are cut over this axis too, as over fsdp."""
     context: int = 1
-    """Parts that a sequence is cut into. Only 1 runs today."""
+    """Parts that every sequence is cut into. Routed experts and parameters are cut over it too."""
     tensor: int = 1
-    """Parts that attention heads and MLP widths are cut into. Only 1 runs today."""
+    """Parts that attention heads, MLP widths and the vocabulary are cut into."""
 
     def __post_init__(self) -> None:
         sizes = self.sizes
         for axis, size in zip(AXES, sizes, strict=True):
             if size < 1 and size != -1:
                 raise ValueError(f"mesh.{axis}={size} must be at least 1, or -1 for the rest")
-            if size != 1 and axis not in _RUNNING:
-                raise ValueError(
-                    f"mesh.{axis}={size}: only 1 runs in this version; "
-                    "use mesh.data and mesh.fsdp to spread over devices"
-                )
         if sizes.count(-1) > 1:
             unknown = [f"mesh.{a}" for a, n in zip(AXES, sizes, strict=True) if n == -1]
             raise ValueError(f"{' and '.join(unknown)} are both -1; only one can be the rest")
@@ -104,31 +98,44 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes), AXES, devices=given[:needed], axis_types=types)
 
 
+# Over which axes parameters and optimizer state are cut beside `tensor`. All of them split tokens,
+# so a gradient is summed over them anyway: summing and cutting are then one reduce-scatter.
+_CUT = ("fsdp", "expert", "context")
+
+
 @dataclass(frozen=True)
 class Rules:
     """The mesh axes that split each letter; None leaves it whole.
 
     Change one with `dataclasses.replace(Rules(), D=None)`.
+
+    What the defaults are made for: long sequences on hundreds of GPUs, where data x context is all
+    there is to split tokens by, and no device can hold a whole layer of experts. So experts are
+    dealt out over the axes that already split tokens (expert x context): with as many devices
+    there as experts, each keeps its own and no weight of an expert is ever gathered. All other
+    weights are cut over the same axes and gathered layer by layer.
     """
 
-    B: Axes = ("data", "fsdp")
+    B: Axes = ("data", "fsdp", "expert")
     """Batch."""
     T: Axes = "context"
-    """Queries."""
+    """Tokens of a sequence: queries, and keys until they are gathered."""
     N: Axes = "tensor"
     """Attention heads, also where they are merged with a head width."""
-    E: Axes = "expert"
-    """Experts."""
+    E: Axes = ("expert", "context")
+    """Experts. Axes that split tokens, in this order."""
     F: Axes = "tensor"
     """Width inside an MLP."""
     W: Axes = "tensor"
     """Vocabulary."""
-    D: Axes = "fsdp"
+    D: Axes = _CUT
     """Model width, of weights."""
-    Q: Axes = "fsdp"
+    Q: Axes = _CUT
     """Query latent width, of weights."""
-    C: Axes = "fsdp"
+    C: Axes = _CUT
     """Key-value latent width, of weights."""
+    X: Axes = "fsdp"
+    """Model width, of the routed experts' weights, where E has taken the other axes."""
 
     def spec(self, letters: str, name: str = "array") -> PartitionSpec:
         """The partition of an array whose dimensions have these letters.
@@ -161,13 +168,14 @@ class Rules:
                 f"{name}: letter {letter!r} has no rule; the letters are {', '.join(_LETTERS)}, "
                 "and _ for a dimension that stays whole"
             )
-        axes = _tuple(getattr(self, letter))
+        axes = axes_tuple(getattr(self, letter))
         if unknown := [axis for axis in axes if axis not in AXES]:
             raise ValueError(f"Rules.{letter}={axes!r}: {unknown[0]!r} is not one of {AXES}")
         return axes
 
 
-def _tuple(axes: Axes) -> tuple[str, ...]:
+def axes_tuple(axes: Axes) -> tuple[str, ...]:
+    """A rule's axes as a tuple, empty for None."""
     return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
@@ -194,9 +202,9 @@ PARAMETERS: tuple[tuple[str, str], ...] = (
     ("self_attn/o_proj/weight", "N D"),
     ("mlp/gate/weight", "D _"),
     ("mlp/gate/e_score_correction_bias", "_"),
-    ("experts/gate_proj", "E D F"),
-    ("experts/up_proj", "E D F"),
-    ("experts/down_proj", "E F D"),
+    ("experts/gate_proj", "E X F"),
+    ("experts/up_proj", "E X F"),
+    ("experts/down_proj", "E F X"),
     ("gate_proj/weight", "D F"),
     ("up_proj/weight", "D F"),
     ("down_proj/weight", "F D"),
@@ -278,7 +286,7 @@ def _check_divides(
     name: str, letters: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh
 ) -> None:
     for letter, size, axes in zip(letters, shape, spec, strict=True):
-        axes = _tuple(axes)
+        axes = axes_tuple(axes)
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
             over = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
+from dsa_jax import spread
 from dsa_jax.block import Block, residual_dtype
 from dsa_jax.cache import Cache, check_room
 from dsa_jax.config import ModelConfig
@@ -26,6 +27,7 @@ from dsa_jax.mla import SELECTION_NAME, Attention, AttentionState, IndexerLoss, 
 from dsa_jax.norms import RMSNorm
 from dsa_jax.plan import StackPlan, layer_plan
 from dsa_jax.rope import Rotation, rotation
+from dsa_jax.sharding import Rules
 from pallas_kernels import KeyRange, Selection
 
 Selector = Callable[[AttentionState], Selection]
@@ -90,13 +92,15 @@ class Stack(nnx.Module):
         keys: Array,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
+        rules: Rules | None = None,
     ):
         def make(unit: int) -> Block:
             def one(key: Array) -> Block:
                 # The indexer has its own stream: with and without one, the rest starts equal.
                 rngs = nnx.Rngs(params=key, indexer=jax.random.fold_in(key, 1))
                 kind = plan.kinds[unit]
-                return Block(config, kind, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+                options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+                return Block(config, kind, rngs=rngs, rules=rules, **options)
 
             layers = [plan.layer(unit, repeat) for repeat in range(plan.repeats)]
             return jax.vmap(one)(keys[jnp.array(layers)])
@@ -117,6 +121,8 @@ class Transformer(nnx.Module):
         scan: whether stacks are scanned or unrolled; the result is the same, unrolled is easier to
             debug.
         remat: a key of `REMAT_POLICIES`: what the backward pass recomputes.
+        rules: how parameters and computation spread over the mesh of `jax.set_mesh`, if one is set
+            and has more than one device; the result is the same.
     """
 
     def __init__(
@@ -128,6 +134,7 @@ class Transformer(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         scan: bool = True,
         remat: str = "none",
+        rules: Rules | None = None,
     ):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"Transformer: remat={remat!r} is not in {tuple(REMAT_POLICIES)}")
@@ -135,6 +142,7 @@ class Transformer(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.scan = scan
         self.remat = remat
+        self.rules = rules or Rules()
         layers = config.num_hidden_layers
         root = rngs.params()
         keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(layers + 2))
@@ -143,7 +151,7 @@ class Transformer(nnx.Module):
         self.embed_tokens = Embedding((vocab, D), key=keys[layers], **table)
         self.stacks = nnx.List(
             [
-                Stack(config, plan, keys=keys, dtype=dtype, param_dtype=param_dtype)
+                Stack(config, plan, keys=keys, dtype=dtype, param_dtype=param_dtype, rules=rules)
                 for plan in layer_plan(config)
             ]
         )
@@ -198,10 +206,11 @@ class Transformer(nnx.Module):
         mode = Mode(attention, indexer_loss, selector, probe, select)
         self._check(tokens, positions, segment_ids, cache, mode, return_selection)
         rows = self.rows(tokens, positions, segment_ids, cache)
-        h = jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(self.dtype)
+        table = self.embed_tokens.weight[...]
+        h = spread.lookup(table, spread.in_zigzag(tokens, self.rules), self.rules, self.dtype)
         h = h.astype(residual_dtype(self.config, self.dtype))
         h, caches, made = self._layers(h, rows, mode, cache)
-        hidden = self.norm(h)
+        hidden = spread.in_natural_order(self.norm(h), self.rules)
         if cache is not None:
             count = rows.valid.sum(axis=1, dtype=jnp.int32)
             cache = Cache(cache.lengths + count, caches)
@@ -210,23 +219,32 @@ class Transformer(nnx.Module):
             hidden=hidden,
             cache=cache,
             kl=made["kl"],
-            selection=made["selection"] if return_selection else None,
+            selection=self._selection(made["selection"]) if return_selection else None,
             router_load=made["load"],
             probe=made["probe"],
         )
 
-    def unembed(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B vocab"]:
+    def _selection(self, made: Selection) -> Selection:
+        """All layers' selected keys, queries in natural order."""
+        unstacked = [spread.in_natural_order(layer, self.rules) for layer in made.indices]
+        return Selection(jnp.stack(unstacked))
+
+    def head(self) -> Float[Array, "D vocab"]:
+        """The head's weight: its own, or the embedding's."""
+        if self.lm_head is None:
+            return self.embed_tokens.weight[...].T
+        return self.lm_head.weight[...]
+
+    def unembed(
+        self, hidden: Float[Array, "*B D"], weight: Float[Array, "D vocab"] | None = None
+    ) -> Float32[Array, "*B vocab"]:
         """Logits of final hidden states, for losses and samplers that take them in pieces.
 
         Products of compute-dtype values summed in fp32, which for bf16 is what an fp32 head gives.
         """
-        if self.lm_head is None:
-            weight = self.embed_tokens.weight[...].T
-        else:
-            weight = self.lm_head.weight[...]
         return jnp.matmul(
             hidden.astype(self.dtype),
-            weight.astype(self.dtype),
+            (self.head() if weight is None else weight).astype(self.dtype),
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
@@ -251,6 +269,9 @@ class Transformer(nnx.Module):
                     "they must be equal"
                 )
         _check_mode(self.config, mode, return_selection)
+        spread.check_batch(tokens.shape, self.rules)
+        if spread.order_of(self.rules) > 1:
+            _check_context(mode, cache)
         if cache is not None:
             if mode.indexer_loss is not None:
                 raise ValueError(
@@ -266,7 +287,11 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
     ) -> Rows:
-        """Where the tokens stand, for running blocks one by one; arguments as for a call."""
+        """Where the tokens stand, for running blocks one by one; arguments as for a call.
+
+        Rows are in the order in which the devices of the mesh hold tokens, see `dsa_jax.spread`;
+        key ranges count keys in natural order.
+        """
         batch, queries = tokens.shape
         valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
         lengths = None
@@ -284,6 +309,7 @@ class Transformer(nnx.Module):
         if positions is None:
             positions = jnp.arange(queries, dtype=jnp.int32)[None] - first
             positions = jnp.broadcast_to(positions, tokens.shape)
+        positions, ranges, valid = spread.in_zigzag((positions, ranges, valid), self.rules)
         turn = rotation(self.config, positions)
         if self.config.numerics.round_rotation:
             turn = Rotation(*(x.astype(self.dtype) for x in turn))
@@ -365,6 +391,20 @@ def _in_layer_order(stacks: list[list[dict[str, Any]]]) -> dict[str, Any]:
                 parts.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), joined))
         made[name] = jax.tree.map(lambda *x: jnp.concatenate(x), *parts) if parts else None
     return made
+
+
+def _check_context(mode: Mode, cache: Cache | None) -> None:
+    """What needs all tokens of a sequence on one device."""
+    for name, given in (
+        ("cache", cache is not None),
+        ("selector", mode.selector is not None),
+        ("probe", mode.probe is not None),
+        ("attention='masked'", mode.attention == "masked"),
+    ):
+        if given:
+            raise ValueError(
+                f"{name} does not run with a sequence cut over devices; set mesh.context=1"
+            )
 
 
 def _check_mode(config: ModelConfig, mode: Mode, return_selection: bool) -> None:

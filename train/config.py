@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from dsa_jax import presets
 from dsa_jax.config import ModelConfig
-from dsa_jax.sharding import MeshConfig
+from dsa_jax.sharding import MeshConfig, Rules
 from dsa_jax.transformer import REMAT_POLICIES
 from train.cluster import ClusterConfig
 from train.stages import Stage
@@ -139,6 +139,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     # Devices along each axis of the mesh.
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    # Which of them split what. The defaults are for long sequences on many devices.
+    rules: Rules = field(default_factory=Rules)
     # How the processes of a run on several hosts find each other.
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     # When to save, how many to keep.
@@ -261,7 +263,16 @@ def _check(config: TrainConfig) -> None:
 
 # --- as plain data: saved in every checkpoint, compared on resume --------------------------------
 
-RESUMABLE = ("output", "init_from", "mesh", "cluster", "checkpoint", "log", "data.token_cache")
+RESUMABLE = (
+    "output",
+    "init_from",
+    "mesh",
+    "rules",
+    "cluster",
+    "checkpoint",
+    "log",
+    "data.token_cache",
+)
 """Fields that may change between the two halves of an interrupted run: they decide where and how
 fast it runs, never what it computes. (`init_from` was used up by the first half.)"""
 

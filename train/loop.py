@@ -200,7 +200,7 @@ class _Run:
         if begun.position is not None:
             begun.position.check(corpus)
             self.first_row = begun.position.rows_at(self.length)
-        self.batch_sharding = NamedSharding(run.mesh, batch_spec())
+        self.batch_sharding = NamedSharding(run.mesh, batch_spec(config.rules))
         self.step = jax.jit(
             make_step(config, run.skeleton, run.optimizer),
             donate_argnums=0,

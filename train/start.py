@@ -8,6 +8,7 @@ an error, for a parameter that silently stays random is the worst kind of bug.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsa_jax import checkpoint as model_files
 from dsa_jax.layer_tree import split_layers, stack_layers
-from dsa_jax.sharding import param_specs, shardings
+from dsa_jax.sharding import Axes, Rules, axes_tuple, param_specs, shardings
 from train.checkpoints import Checkpoints, RunRecord, refuse_other_config
 from train.config import TrainConfig, differences, to_dict
 from train.data import DataPosition
@@ -89,18 +90,11 @@ def plan(config: TrainConfig, mesh: Mesh) -> Plan:
     Raises:
         ValueError: the batch or a parameter does not divide over the devices.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = (config.batch_size or 0) // config.micro_batches
-    if rows % parts:
-        raise ValueError(
-            f"batch_size={config.batch_size} in micro_batches={config.micro_batches} leaves {rows} "
-            f"sequences at a time, which do not divide over {parts} devices (mesh.data x "
-            f"mesh.fsdp); choose a batch_size that is a multiple of {parts * config.micro_batches}"
-        )
+    _check_batch(config, mesh)
     skeleton = skeleton_of(config)
     optimizer = make_optimizer(config)
     shapes = jax.eval_shape(lambda params: new_state(config, params, optimizer), skeleton.shapes)
-    placed = param_shardings(skeleton.shapes, mesh)
+    placed = param_shardings(skeleton.shapes, mesh, config.rules)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def shard(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -111,9 +105,34 @@ def plan(config: TrainConfig, mesh: Mesh) -> Plan:
     return Plan(config, mesh, skeleton, optimizer, jax.tree.map_with_path(shard, shapes))
 
 
-def param_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Whether a micro-batch's sequences, and their tokens, divide over the mesh."""
+
+    def over(axes: Axes) -> tuple[int, str]:
+        names = axes_tuple(axes)
+        return math.prod(mesh.shape[a] for a in names), " x ".join(f"mesh.{a}" for a in names)
+
+    parts, names = over(config.rules.B)
+    rows = (config.batch_size or 0) // config.micro_batches
+    if rows % parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} in micro_batches={config.micro_batches} leaves {rows} "
+            f"sequences at a time, which do not divide over {parts} devices ({names}); choose a "
+            f"batch_size that is a multiple of {parts * config.micro_batches}"
+        )
+    parts, names = over(config.rules.T)
+    if parts > 1 and (config.sequence_length or 0) % (2 * parts):
+        raise ValueError(
+            f"sequence_length={config.sequence_length} does not divide into two chunks for each of "
+            f"{parts} devices ({names}); choose a multiple of {2 * parts}"
+        )
+
+
+def param_shardings(
+    shapes: Mapping[str, Any], mesh: Mesh, rules: Rules | None = None
+) -> dict[str, NamedSharding]:
     """Where each parameter lives, stacked or one leaf a layer."""
-    return flat(shardings(param_specs(nested(shapes), mesh), mesh))
+    return flat(shardings(param_specs(nested(shapes), mesh, rules), mesh))
 
 
 def start(run: Plan, checkpoints: Checkpoints | None = None) -> Start:
@@ -182,7 +201,7 @@ def _source(run: Plan, path: Path) -> Source:
             f"init_from={str(path)!r} does not exist: name a run's folder, one of its "
             "checkpoints, or an exported model"
         )
-    model = model_files.load(path, mesh=run.mesh)
+    model = model_files.load(path, mesh=run.mesh, rules=run.config.rules)
     leaves = flat(split_layers(nested(Skeleton(model).params(model)), model.config))
     return Source(
         str(path),
@@ -267,7 +286,7 @@ def layer_shapes(run: Plan) -> Shapes:
     """The run's parameters as they lie on disk: shapes, dtypes, shardings."""
     model = run.config.model
     shapes = flat(jax.eval_shape(lambda p: split_layers(nested(p), model), run.skeleton.shapes))
-    where = param_shardings(shapes, run.mesh)
+    where = param_shardings(shapes, run.mesh, run.config.rules)
     return {path: _with(leaf, where[path]) for path, leaf in shapes.items()}
 
 

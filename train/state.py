@@ -86,6 +86,7 @@ def build(config: TrainConfig, rng: tuple[int, ...]) -> Transformer:
         rngs=nnx.Rngs(key),
         dtype=jnp.dtype(config.compute_dtype),
         remat=config.remat,
+        rules=config.rules,
     )
 
 

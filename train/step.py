@@ -140,9 +140,7 @@ def micro_loss(
     )
     loss, sums = jnp.float32(0), {}
     if stage.lm_loss:
-        total = losses.cross_entropy_sum(
-            model.unembed, out.hidden, micro["targets"], config.loss_chunk
-        )
+        total = losses.cross_entropy(model, out.hidden, micro["targets"], config.loss_chunk)
         sums["lm_loss"] = total / jnp.maximum(targets, 1)
         loss += sums["lm_loss"]
     if out.kl is not None:

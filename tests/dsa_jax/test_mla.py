@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from small_models import jit
 
-from dsa_jax.mla import absorb_query, expand_keys, masked_attention
+from dsa_jax.mesh_ops import expand_keys
+from dsa_jax.mla import absorb_query, masked_attention
 from pallas_kernels import KeyRange, Selection, dense_attention
 
 

@@ -13,7 +13,7 @@ from small_runs import MODEL
 
 import train
 from train.__main__ import parse
-from train.cluster import ClusterConfig, Launch, detect
+from train.launch import ClusterConfig, Launch, detect
 
 DOC = Path(train.__file__).parents[1] / "docs" / "cluster.md"
 

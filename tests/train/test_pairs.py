@@ -53,14 +53,15 @@ def whole(folder, tokens):
 
 @pytest.fixture(scope="module")
 def cut(folder, tokens):
-    """The same run: one process gets a notice of preemption; after the resume one is killed."""
+    """The same run: one process gets a notice of preemption; after resumes, one freezes, one is
+    killed."""
     run = folder / "cut"
     group = launch(folder, tokens, "cut")
     group.until_step(run / "metrics.jsonl", 2)
     os.kill(group.workers[1].pid, signal.SIGINT)  # one is handed on as the other
     noticed = group.wait(120), checkpoints(run), group.logs[0].read_text()
     group = launch(folder, tokens, "cut")
-    killed = [kill_round(group, run / "metrics.jsonl", 1, 0.05, 1, False)]
+    killed = [kill_round(group, run / "metrics.jsonl", 1, 0.05, 1, True, signal.SIGSTOP)]
     group = launch(folder, tokens, "cut")
     killed += [kill_round(group, run / "metrics.jsonl", 1, 0.0, 0, True)]
     return run, noticed, killed

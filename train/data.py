@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
@@ -127,6 +126,8 @@ def batches(
     Yields:
         NumPy arrays `[rows of this process, T]`.
     """
+    import grain  # here, so that whatever only steps does without it
+
     rows = grain.MapDataset.source(Rows(corpus, length))
     if config.shuffle:
         rows = rows.shuffle(seed=seed % 2**32)

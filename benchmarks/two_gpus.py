@@ -247,7 +247,7 @@ def measure(program: Program, given: Sizes, steps: int) -> dict[str, Any]:
     if "compute_ms" in row:
         row["communication_share"] = row["communication_ms"] / row["step_ms"]
         row["exposed_share"] = max(0.0, 1 - row["compute_ms"] / row["step_ms"])
-    memory = program.step.memory_analysis()
+    memory: Any = program.step.memory_analysis()
     peak = (mesh.devices.flat[0].memory_stats() or {}).get("peak_bytes_in_use")
     return row | {
         "parameters": sum(math.prod(x.shape) for x in program.plan.skeleton.shapes.values()),

@@ -30,7 +30,7 @@ def param_count(config: ModelConfig) -> ParamCount:
     """Counts a model's parameters without building it."""
     c = config
     D, vocab = c.hidden_size, c.vocab_size
-    attention, indexer = _matrices_of_attention(c), _matrices_of_indexer(c)
+    attention, indexer = attention_matrices(c), indexer_matrices(c)
     attention_size = sum(map(math.prod, attention)) + 2 * D + c.q_lora_rank + c.kv_lora_rank
     indexer_size = sum(map(math.prod, indexer))
     if c.has_indexer:
@@ -61,14 +61,16 @@ def param_count(config: ModelConfig) -> ParamCount:
     return ParamCount(main, indexers, active, mtp * mtp_layer, tiles)
 
 
-def _matrices_of_attention(c: ModelConfig) -> list[tuple[int, int]]:
+def attention_matrices(c: ModelConfig) -> list[tuple[int, int]]:
+    """Shapes of an attention layer's projections, `[in, out]`, the indexer's left out."""
     N, D, Q, C = c.num_attention_heads, c.hidden_size, c.q_lora_rank, c.kv_lora_rank
     up = N * (c.qk_nope_head_dim + c.v_head_dim)
     return [(D, Q), (Q, N * c.qk_head_dim), (D, c.latent_dim), (C, up), (N * c.v_head_dim, D)]
 
 
-def _matrices_of_indexer(c: ModelConfig) -> list[tuple[int, int]]:
-    """Those kept in FP8: the head weights' projection is not."""
+def indexer_matrices(c: ModelConfig) -> list[tuple[int, int]]:
+    """Shapes of an indexer's projections that a checkpoint keeps in FP8; its head weights' is not
+    one of them. Empty in a dense model."""
     if c.index_n_heads is None or c.index_head_dim is None:
         return []
     return [

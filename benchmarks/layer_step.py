@@ -1,0 +1,395 @@
+"""One real-shaped layer through a whole training step on a GPU, by kernels, by XLA, and dense.
+
+    python -m benchmarks.layer_step --json FILE
+
+The layer is DeepSeek-V3.2-Exp's: 7168 wide, 128 heads, latents of 1536 and 512 + 64, 64 indexer
+heads of 128, 2048 selected keys; 16 experts, of which a token takes 8, and a shared one; bf16 with
+fp32 masters and AdamW. A *warm-up* step is the layer's forward pass under dense attention, value
+and gradient of the indexer's KL, and the indexer's update. A *sparse* step adds the backward pass
+for a gradient that arrives from above, down to the layer's input, and updates everything; a
+*dense* step is the same without an indexer: what pre-training would do.
+
+Time is device time by CUPTI; peak memory is the device's own count. The check runs one step by
+kernels and by XLA on the same numbers and the same selected keys, and compares every gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental.mosaic.gpu import profiler
+
+from benchmarks.ops import Results
+from benchmarks.timing import environment
+from dsa_jax import presets
+from dsa_jax.config import ModelConfig, Numerics
+from dsa_jax.mla import Mode
+from pallas_kernels import Selection, dispatch
+from train.config import TrainConfig
+from train.optimizer import make_optimizer
+from train.stages import Group, Stage, group_of, split
+from train.state import Params, Skeleton, TrainState, new_state, skeleton_of
+
+# Names of kernels, in the order in which they are looked for, and whose time they are.
+OPS = (
+    ("dense_attention_d", "dense attention, backward"),
+    ("dense_attention", "dense attention, forward"),
+    ("indexer_target", "indexer's KL"),
+    ("indexer_gradient", "indexer's KL"),
+    ("indexer_kl", "indexer's KL"),
+    ("indexer_scores", "indexer's scores"),  # of the selection, and in warm-up of the KL
+    ("topk", "top-k"),
+    ("sparse_attention_forward", "sparse attention, forward"),
+    ("sparse_attention_", "sparse attention, backward"),
+    ("grouped_matmul", "experts' matmuls"),
+    ("nvjet", "other matmuls"),
+    ("cutlass", "other matmuls"),
+    ("gemm", "other matmuls"),
+)
+
+
+class Case(NamedTuple):
+    """One row of the results."""
+
+    stage: Stage
+    tokens: int
+    kernels: bool = True
+
+    @property
+    def name(self) -> str:
+        """`warmup 131072`, `sparse 8192 by xla`."""
+        return f"{self.stage.value} {self.tokens}" + ("" if self.kernels else " by xla")
+
+
+CASES = (
+    Case(Stage.SPARSE, 8192),
+    Case(Stage.DENSE, 8192),
+    Case(Stage.SPARSE, 8192, kernels=False),
+    Case(Stage.SPARSE, 32768),
+    Case(Stage.DENSE, 32768),
+    Case(Stage.WARMUP, 131_072),
+)
+
+
+def layer_config(experts: int = 16, **changes: Any) -> ModelConfig:
+    """A model of one layer; the vocabulary only feeds it."""
+    config = presets.get("deepseek-v3.2-exp").replace(
+        num_hidden_layers=1, first_k_dense_replace=0, vocab_size=256, n_routed_experts=experts,
+        n_group=1, topk_group=1, fp8_weights=None, numerics=Numerics(), tie_word_embeddings=True,
+        num_nextn_predict_layers=0,
+    )  # fmt: skip
+    return config.replace(**changes)
+
+
+def train_config(case: Case, model: ModelConfig, **changes: Any) -> TrainConfig:
+    """The stage with its published rates; one sequence a step, nothing recomputed."""
+    if case.stage is Stage.DENSE:
+        model = model.without_indexer()
+    config = TrainConfig(
+        stage=case.stage, model=model, batch_size=1, sequence_length=case.tokens, remat="none"
+    )
+    return dataclasses.replace(config, **changes).resolved()
+
+
+class Outcome(NamedTuple):
+    """What a layer hands on.
+
+    Attributes:
+        hidden: its output.
+        below: gradient of its input; None in warm-up, which has no backward pass.
+        kl: the indexer's loss; None without an indexer.
+        selection: the keys attended to; None under dense attention.
+    """
+
+    hidden: jax.Array
+    below: jax.Array | None
+    kl: jax.Array | None
+    selection: Selection | None
+
+
+def gradients(
+    config: TrainConfig,
+    skeleton: Skeleton,
+    params: Params,
+    h: jax.Array,
+    above: jax.Array,
+    selected: Selection | None = None,
+) -> tuple[Params, Outcome]:
+    """Gradients of what the stage trains.
+
+    Args:
+        config: a resolved config.
+        skeleton: of the model.
+        params: all parameters.
+        h: fp32 `[1, T, D]`, the residual sum that enters the layer.
+        above: bf16 `[1, T, D]`, the gradient that arrives from the layers above.
+        selected: keys to attend to; None: the indexer's.
+    """
+    stage = config.stage
+    sparse = stage.attention == "sparse"
+    selector = None if selected is None else lambda state: selected
+    mode = Mode(stage.attention, stage.indexer_loss, selector, None, select=sparse)
+    trainable, frozen = split(params, stage.trainable)
+
+    def loss(trainable: Params, h: jax.Array) -> tuple[jax.Array, Any]:
+        model = skeleton.model({**frozen, **trainable})
+        rows = model.rows(jnp.zeros(h.shape[:2], jnp.int32))
+        block = jax.tree.map(lambda x: x[0], model.stacks[0].blocks[0])
+        out = block(h, rows, mode, jnp.int32(0))
+        total = jnp.float32(0)
+        if stage.lm_loss:
+            total += jnp.sum(out.h * above, dtype=jnp.float32)
+        if out.kl is not None:
+            total += out.kl
+        return total, (out.h, out.kl, out.selection)
+
+    which = (0, 1) if stage.lm_loss else (0,)
+    (_, (hidden, kl, chosen)), found = jax.value_and_grad(loss, which, has_aux=True)(trainable, h)
+    return found[0], Outcome(hidden, found[1] if stage.lm_loss else None, kl, chosen)
+
+
+def make_step(config: TrainConfig, skeleton: Skeleton) -> Callable:
+    """`(state, h, above) -> (state, outcome)`."""
+    optimizer = make_optimizer(config)
+
+    def step(state: TrainState, h: jax.Array, above: jax.Array) -> tuple[TrainState, Outcome]:
+        found, outcome = gradients(config, skeleton, state.params, h, above)
+        trainable, _ = split(state.params, config.stage.trainable)
+        updates, opt_state = optimizer.update(found, state.opt_state, trainable)
+        params = {**state.params, **optax.apply_updates(trainable, updates)}  # pyright: ignore
+        return TrainState(state.step + 1, params, opt_state, state.ok), outcome
+
+    return step
+
+
+def prepare(config: TrainConfig, seed: int = 0) -> tuple[TrainState, jax.Array, jax.Array]:
+    """A fresh state, a random input and a random gradient from above, made on the device."""
+    key = jax.random.key(seed, impl="rbg")  # a billion weights: compiled and drawn the sooner
+    # A gradient of about this size per token keeps the loss an average over tokens.
+    shape = (1, config.sequence_length or 0, config.model.hidden_size)
+    h = jax.random.normal(jax.random.fold_in(key, 1), shape)
+    above = jax.random.normal(jax.random.fold_in(key, 2), shape, jnp.bfloat16) / shape[1]
+
+    def draw(number: int, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if "norm" in path or path.endswith("bias"):
+            return jnp.full(leaf.shape, float(path.endswith("weight")), leaf.dtype)
+        std = config.model.initializer_range
+        return std * jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
+
+    shapes = skeleton_of(config).shapes
+    params = {path: draw(i, path, leaf) for i, (path, leaf) in enumerate(shapes.items(), 3)}
+    return new_state(config, params, make_optimizer(config)), h, above
+
+
+# --- time and memory ------------------------------------------------------------------------------
+
+
+def lower(case: Case, config: TrainConfig) -> tuple[Any, dict[str, str]]:
+    """The step for shapes alone, and which implementation serves each of its ops."""
+    step = jax.jit(make_step(config, skeleton_of(config)), donate_argnums=0)
+    shapes = jax.eval_shape(functools.partial(prepare, config))
+    with dispatch.kernels(case.kernels), dispatch.recorded() as chosen:
+        return step.trace(*shapes).lower(lowering_platforms=("cuda",)), chosen
+
+
+def compile_(lowered: Any) -> Any:
+    """Without Triton's candidates for matmuls, which take long to compile and do not win here."""
+    return lowered.compile({"xla_gpu_enable_triton_gemm": False})
+
+
+def memory(compiled: Any) -> dict[str, float]:
+    """What the compiled program needs, GiB."""
+    found = compiled.memory_analysis()
+    sizes = {"arguments": found.argument_size_in_bytes, "temporary": found.temp_size_in_bytes}
+    sizes["outputs"] = found.output_size_in_bytes - found.alias_size_in_bytes
+    return {f"{name}_gib": round(size / 2**30, 2) for name, size in sizes.items()}
+
+
+def shares(kernels: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of each op, the largest first; what no name tells is `the rest`."""
+    found: dict[str, float] = {}
+    for name, ms in kernels.items():
+        op = next((op for part, op in OPS if part in name), "the rest")
+        found[op] = found.get(op, 0.0) + ms
+    return {op: round(ms, 3) for op, ms in sorted(found.items(), key=lambda item: -item[1])}
+
+
+class _Steps(jax.stages.Wrapped):
+    """The compiled step, called again and again on the state it leaves, each call timed."""
+
+    def __init__(self, compiled: Any, state: TrainState):
+        self.compiled, self.state = compiled, state
+        self.seconds: list[float] = []
+
+    def __call__(self, h: jax.Array, above: jax.Array) -> jax.Array | None:
+        began = time.perf_counter()
+        self.state, outcome = self.compiled(self.state, h, above)
+        jax.block_until_ready(self.state)
+        self.seconds.append(time.perf_counter() - began)
+        return outcome.kl
+
+    def trace(self, *args, **kwargs):
+        raise NotImplementedError
+
+    def lower(self, *args, **kwargs):
+        raise NotImplementedError
+
+
+def measure(case: Case, config: TrainConfig, compiled: Any, repeats: int = 2) -> dict[str, Any]:
+    """Time of a step on the host's clock, and of its kernels by CUPTI."""
+    state, h, above = jax.jit(functools.partial(prepare, config))()
+    steps = _Steps(compiled, jax.block_until_ready(state))
+    del state
+    _say(f"{case.name} has its weights")
+    _, runs = profiler.measure(steps, aggregate=False, iterations=repeats)(h, above)
+    if runs is None:
+        raise RuntimeError("CUPTI saw no kernel: layer_step needs an NVIDIA GPU")
+    kernels: dict[str, float] = {}
+    for name, ms in cast(Any, runs[0] if repeats > 1 else runs):
+        kernels[name] = kernels.get(name, 0.0) + ms
+    seconds = statistics.median(steps.seconds[1:])  # the first one loads the program
+    rest = sorted(
+        ((ms, name) for name, ms in kernels.items() if not any(part in name for part, _ in OPS)),
+        reverse=True,
+    )
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "ms": round(1e3 * seconds, 2),
+        "tokens_per_second": round(case.tokens / seconds),
+        "device_ms": round(sum(kernels.values()), 2),
+        "ops_ms": shares(kernels),
+        "rest_ms": {name[:48]: round(ms, 2) for ms, name in rest[:6]},
+        "peak_gib_of_process": round(stats.get("peak_bytes_in_use", 0) / 2**30, 2),
+    }
+
+
+# --- kernels against XLA --------------------------------------------------------------------------
+
+BOUND = 2e-2
+"""Largest relative difference (Frobenius norms) of any gradient between kernels and XLA. Both round
+each result of an op to bf16 (2**-9 of its value), at other places; the ops' own errors to fp32 are
+2e-3 to 3e-3, and a gradient passes some ten of them."""
+
+
+def group(path: str) -> str:
+    """The group of parameters whose gradient is compared as one."""
+    if group_of(path) is Group.INDEXER:
+        return "indexer"
+    names = path.split("/")
+    return "experts" if "mlp" in names else "attention" if "self_attn" in names else "norms"
+
+
+def check(tokens: int, model: ModelConfig, pool: Executor) -> Callable[[], dict[str, Any]]:
+    """Gradients of one sparse step by kernels and by XLA on the same numbers and keys.
+
+    Returns:
+        What runs it, once its two programs are compiled in `pool`.
+    """
+    config = train_config(Case(Stage.SPARSE, tokens), model)
+    run = functools.partial(gradients, config, skeleton_of(config))
+    state, h, above = jax.eval_shape(functools.partial(prepare, config, 1))
+    topk = min(config.model.index_topk or 0, tokens)
+    keys = Selection(jax.ShapeDtypeStruct((1, tokens, topk), jnp.int32))
+    with dispatch.kernels(True):
+        ours = pool.submit(compile_, jax.jit(lambda *x: run(*x)).lower(state.params, h, above))
+    with dispatch.kernels(False):
+        lowered = jax.jit(lambda *x: run(*x)).lower(state.params, h, above, keys)
+        theirs = pool.submit(compile_, lowered)
+
+    def finish() -> dict[str, Any]:
+        state, h, above = jax.jit(functools.partial(prepare, config, 1))()
+        found, outcome = ours.result()(state.params, h, above)
+        wanted, reference = theirs.result()(state.params, h, above, outcome.selection)
+        errors = differences(found, wanted, h, above, outcome, reference)
+        return {
+            "op": "layer_check",
+            "keys": tokens,
+            "topk": topk,
+            "bound": BOUND,
+            "within": max(errors.values()) <= BOUND,
+            "errors": {name: float(f"{error:.2e}") for name, error in errors.items()},
+            "kl": [round(float(x.kl), 6) for x in (outcome, reference)],
+        }
+
+    return finish
+
+
+def differences(
+    found: Params, wanted: Params, h: jax.Array, above: jax.Array, ours: Outcome, theirs: Outcome
+) -> dict[str, float]:
+    """Relative difference of each group's gradient, of the layer's update and of what it sends
+    down; what merely passes through the layer is left out of both."""
+    sums: dict[str, list[float]] = {}
+
+    def compare(name: str, a: jax.Array, b: jax.Array) -> None:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        both = sums.setdefault(name, [0.0, 0.0])
+        both[0] += float(jnp.sum((a - b) ** 2))
+        both[1] += float(jnp.sum(b**2))
+
+    for path in found:
+        if path.startswith("stacks/"):
+            compare(group(path), found[path], wanted[path])
+    assert ours.below is not None
+    assert theirs.below is not None
+    compare("output", ours.hidden - h, theirs.hidden - h)
+    compare("input", ours.below - above, theirs.below - above)
+    return {name: (part / whole) ** 0.5 for name, (part, whole) in sums.items()}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Runs the cases that the arguments name."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [case.name for case in CASES]
+    parser.add_argument("--cases", nargs="*", choices=names, default=names, metavar="CASE")
+    parser.add_argument("--check", type=int, default=4096, help="tokens of the check; 0: none")
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    model = layer_config(options.experts)
+    results = Results(options.json)
+    results.runs.append({"environment": environment()})
+    print(json.dumps(results.runs[-1]), flush=True)
+
+    def add(row: dict[str, Any]) -> None:
+        results.add(row)
+        print(json.dumps(row), flush=True)
+
+    # Tracing holds the interpreter, compiling does not: all programs compile side by side.
+    cases = [case for case in CASES if case.name in options.cases]
+    configs = [train_config(case, model) for case in cases]
+    with ThreadPoolExecutor() as pool:
+        compiled = []
+        for case, config in zip(cases, configs, strict=True):
+            lowered, chosen = lower(case, config)
+            _say(f"{case.name} lowered")
+            compiled.append((pool.submit(compile_, lowered), chosen))
+        checked = check(options.check, model, pool) if options.check else None
+        if checked is not None:
+            add(checked())
+        for case, config, (program, chosen) in zip(cases, configs, compiled, strict=True):
+            row = {"op": "layer_step", "kind": case.name, "keys": case.tokens}
+            row |= {"implementations": chosen, **memory(program.result())}
+            _say(f"{case.name} compiled: {memory(program.result())}")
+            add(row | measure(case, config, program.result()))
+
+
+if __name__ == "__main__":
+    main()

@@ -72,9 +72,9 @@ from train.step import make_step  # noqa: E402
 
 MESHES: dict[str, MeshConfig] = {
     "one": MeshConfig(),
+    "fsdp 2": MeshConfig(fsdp=2),
     "expert 2": MeshConfig(expert=2),
     "context 2": MeshConfig(context=2),
-    "fsdp 2": MeshConfig(fsdp=2),
 }
 STAGES = (Stage.SPARSE, Stage.WARMUP)
 _KEY = (0, 0)
@@ -311,8 +311,9 @@ def cases(parts: Sequence[str]) -> list[Case]:
     if "small" not in parts:
         wanted = (_LAST_SMALL.mesh, "one") if "checkpoint" in parts else ()
         small = [Case("small", _LAST_SMALL.stage, mesh) for mesh in wanted[::-1]]
-    two = [mesh for mesh in MESHES if mesh != "one"]
-    large = [Case("large", stage, mesh) for stage in STAGES for mesh in two]
+    # What needs both GPUs, the sparse stage, first.
+    large = [Case("large", stage, mesh) for stage in STAGES for mesh in reversed(MESHES)]
+    large = [case for case in large if case.mesh != "one"]
     return small + (large if "large" in parts else [])
 
 

@@ -7,13 +7,14 @@ without that its power limit slows whatever runs for more than some ten millisec
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -47,8 +48,10 @@ class _Cold(jax.stages.Wrapped):
     """
 
     def __init__(self, fn: Callable[..., Any]):
-        self.fn = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
-        self.flush = jax.jit(lambda buffer: buffer + 1)
+        ready = isinstance(fn, jax.stages.Wrapped | jax.stages.Compiled)
+        self.fn: Any = fn if ready else jax.jit(fn)
+        # An operation that names its kernel as hardly any other is named.
+        self.flush = jax.jit(lambda buffer: buffer ^ 1)
         self.buffer = jnp.zeros((_FLUSH_BYTES // 4,), jnp.int32)
 
     def __call__(self, *args):
@@ -67,17 +70,13 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
     """Times `fn(*args)` on the GPU.
 
     Args:
-        fn: a function of arrays; it is jitted here unless it is already.
+        fn: a function of arrays; it is jitted here unless it is already, or compiled.
         *args: its inputs, already on the device.
         repeats: how many cold runs to take the median of; at least 2.
     """
     cold = _Cold(fn)
     names = [name for name, _ in _kernels(cold.flush, cold.buffer)[0]]
-    runs = []
-    for run in _kernels(cold, *args, repeats=repeats):
-        if [name for name, _ in run[-len(names) :]] != names:
-            raise RuntimeError(f"the flush did not run last: {[name for name, _ in run]}")
-        runs.append(run[: -len(names)])
+    runs = [_without(run, names) for run in _kernels(cold, *args, repeats=repeats)]
     totals = [sum(ms for _, ms in run) for run in runs]
     shares: dict[str, list[float]] = {}
     for run in runs:
@@ -90,16 +89,59 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
     return Timing(statistics.median(totals), min(totals), max(totals), kernels)
 
 
+def _without(run: list[tuple[str, float]], names: list[str]) -> list[tuple[str, float]]:
+    """A run but for its last kernels of these names; CUPTI may report others after them."""
+    left = list(run)
+    for name in names:
+        at = [i for i, (found, _) in enumerate(left) if found == name]
+        if not at:
+            raise RuntimeError(f"the flush did not run: {[found for found, _ in run]}")
+        del left[at[-1]]
+    return left
+
+
 def _kernels(fn: Callable[..., Any], *args: Any, repeats: int = 2) -> Runs:
-    """What CUPTI saw of each of so many calls, at least 2, after one to warm up."""
-    try:
-        _, timings = profiler.measure(fn, aggregate=False, iterations=repeats)(*args)
-    except RuntimeError:  # two kernels ran side by side, and ended in another order once
-        alone = profiler.measure(fn, aggregate=False, iterations=1)
-        timings = [alone(*args)[1] for _ in range(repeats)]
-    if timings is None or None in timings:
-        raise RuntimeError("CUPTI saw no kernel: device_time needs an NVIDIA GPU")
-    return cast(Runs, timings)
+    """What CUPTI saw of each of so many calls, each after one to warm up."""
+    measure = profiler.measure(fn, aggregate=False)
+    runs = []
+    for _ in range(repeats):  # not in one call, which wants the kernels always in the same order
+        _, timings = measure(*args)
+        if timings is None:
+            raise RuntimeError("CUPTI saw no kernel: device_time needs an NVIDIA GPU")
+        runs.append(timings)
+    return cast(Runs, runs)
+
+
+def compiled(calls: Sequence[tuple[Callable[..., Any], tuple]]) -> list[Callable[..., Any]]:
+    """Functions compiled for their arguments, side by side: that takes longer than their runs."""
+
+    def compile_one(call):
+        fn, args = call
+        return jax.jit(fn).lower(*args).compile()
+
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(compile_one, calls))
+
+
+def reference_jit(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` jitted for a check: its matmuls are taken as they come, without a search for fast ones.
+
+    On a GPU the search takes longer than all else that a check does.
+    """
+    options = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+    return jax.jit(fn, compiler_options=options)
+
+
+@jax.jit
+def _equal(found, again):
+    return jnp.stack(
+        [jnp.array_equal(*xs) for xs in zip(*map(jax.tree.leaves, (found, again)), strict=True)]
+    ).all()
+
+
+def equal_runs(run: Callable[[], Any], found: Any, runs: int = 20) -> int:
+    """How many of so many runs give the bits of `found`."""
+    return sum(bool(_equal(found, run())) for _ in range(runs))
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import choose
 from pallas_kernels.grouped_matmul import sm90
+from pallas_kernels.tiling import vary_like
 
 # The CPU form copies one weight matrix per tile of rows; above this it gives way to ragged_dot.
 _TILED_WEIGHT_BYTES = 256 * 2**20
@@ -31,7 +32,7 @@ def grouped_matmul(
             and what stands in their place in the result, and in the gradient of x, is undefined.
     """
     if _kernel_serves(x, w):
-        return sm90.multiply(x, w, group_sizes)
+        return vary_like(sm90.multiply(x, w, group_sizes), (x, w))  # kernels do not say so
     return jax.lax.platform_dependent(x, w, group_sizes, cpu=_on_cpu, default=jax.lax.ragged_dot)
 
 
@@ -46,7 +47,8 @@ def _forward(x, w, group_sizes):
 def _backward(residuals, g):
     x, w, group_sizes = residuals
     if _kernel_serves(x, w):
-        return *sm90.gradients(x, w, group_sizes, g.astype(x.dtype)), None
+        dx, dw = sm90.gradients(x, w, group_sizes, g.astype(x.dtype))
+        return *vary_like((dx, dw), residuals), None
 
     # Written out so that no back end keeps another one's residuals.
     def gradient(form):

@@ -23,6 +23,7 @@ _USAGE = """usage: python -m train COMMAND ...
   run        train one stage: dense, warmup or sparse
   demo       train, sparsify, evaluate and report on real text
   evaluate   measure a trained model: losses, selection quality, controls
+  plan       what a run takes, before GPUs are rented: memory, collectives, time, does it fit
 
 python -m train COMMAND --help explains every field.
 Exit status of run: 0 done, 1 error, 2 usage, 75 saved and stopped on request (run it again),
@@ -145,7 +146,13 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return evaluate.main(arguments)
 
 
-_COMMANDS = {"run": _run, "demo": _demo, "evaluate": _evaluate}
+def _plan(arguments: Sequence[str]) -> int:
+    from train.plan import command
+
+    return command.main(arguments)
+
+
+_COMMANDS = {"run": _run, "demo": _demo, "evaluate": _evaluate, "plan": _plan}
 
 
 def _tell(message: str) -> None:

@@ -264,14 +264,8 @@ def _check(config: TrainConfig) -> None:
 # --- as plain data: saved in every checkpoint, compared on resume --------------------------------
 
 RESUMABLE = (
-    "output",
-    "init_from",
-    "mesh",
-    "rules",
-    "cluster",
-    "checkpoint",
-    "log",
-    "data.token_cache",
+    *("output", "init_from", "mesh", "rules", "cluster"),
+    *("checkpoint", "log", "data.token_cache"),
 )
 """Fields that may change between the two halves of an interrupted run: they decide where and how
 fast it runs, never what it computes. (`init_from` was used up by the first half.)"""

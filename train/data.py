@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
@@ -137,6 +136,8 @@ def batches(
     Yields:
         NumPy arrays `[rows of this process, T]`.
     """
+    import grain  # here, because a step can be made and timed without reading anything
+
     rows = grain.MapDataset.source(Rows(corpus, length))
     if config.shuffle:
         rows = rows.shuffle(seed=seed % 2**32)

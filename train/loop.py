@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
@@ -58,9 +59,36 @@ class TrainResult:
     interrupted: bool
 
 
+def jit_step(run: Plan) -> Any:
+    """The stage's step, jitted: the state is given up to it and comes back where it was."""
+    return jax.jit(
+        make_step(run.config, run.skeleton, run.optimizer),
+        donate_argnums=0,
+        # Metrics are whole on every process, so that one can read them alone.
+        out_shardings=(
+            jax.tree.map(lambda x: x.sharding, run.state),
+            NamedSharding(run.mesh, PartitionSpec()),
+        ),
+    )
+
+
+def compile_step(config: TrainConfig) -> Any:
+    """The stage's step, compiled before there is anything to run it on, for `train(step=...)`."""
+    config = config.resolved()
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        run = plan(config, mesh)
+        shape = (config.batch_size or 0, config.sequence_length or 0)
+        place = NamedSharding(mesh, batch_spec(config.rules))
+        row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+        batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
+        return jit_step(run).lower(run.state, batch).compile()
+
+
 def train(
     config: TrainConfig,
     *,
+    step: Any = None,
     evaluate: EvaluateHook | None = None,
     evaluate_every: int = 0,
     console: Console | None = None,
@@ -69,6 +97,7 @@ def train(
 
     Args:
         config: the run.
+        step: its step, from `compile_step`; None: compiled here.
         evaluate: called after the last step, and as often as `evaluate_every` says.
         evaluate_every: steps between two calls of `evaluate`; 0: only after the last one.
         console: where tables and the progress bar are drawn; None makes one on stderr.
@@ -114,7 +143,8 @@ def train(
         log = stack.enter_context(closing(_trackers(config, console, first)))
         log.log("start", first, {"origin": begun.origin, **numbers})
         stop = stack.enter_context(StopRequest())
-        run = _Run(run_plan, begun, corpus, checkpoints, log, evaluate, evaluate_every)
+        step = step or jit_step(run_plan)
+        run = _Run(run_plan, begun, corpus, step, checkpoints, log, evaluate, evaluate_every)
         interrupted = run.steps(stop)
         return run.result(interrupted)
 
@@ -182,6 +212,7 @@ class _Run:
         run: Plan,
         begun: Start,
         corpus: Corpus,
+        step: Any,
         checkpoints: Checkpoints,
         log: Tracker,
         evaluate: EvaluateHook | None,
@@ -201,15 +232,7 @@ class _Run:
             begun.position.check(corpus)
             self.first_row = begun.position.rows_at(self.length)
         self.batch_sharding = NamedSharding(run.mesh, batch_spec(config.rules))
-        self.step = jax.jit(
-            make_step(config, run.skeleton, run.optimizer),
-            donate_argnums=0,
-            # Metrics are whole on every process, so that one can read them alone.
-            out_shardings=(
-                jax.tree.map(lambda x: x.sharding, run.state),
-                NamedSharding(run.mesh, PartitionSpec()),
-            ),
-        )
+        self.step = step
         self.utilization = Utilization(config, run.mesh.size)
         self.profiler = Profiler(config.log, config.output)
         self.pending: _Pending | None = None

@@ -5,7 +5,7 @@ axes, so the axes along which a group's members differ are the axes that it comm
 are those that one device sends in a step, by the ring algorithms, n being the group's size and x
 the bytes of the operand:
 
-    all-gather (n-1) x    reduce-scatter, all-to-all (n-1)/n x    all-reduce 2 (n-1)/n x    permute x
+    all-gather (n-1) x   reduce-scatter, all-to-all (n-1)/n x   all-reduce 2 (n-1)/n x   permute x
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ import numpy as np
 
 from train.plan import hlo
 
-_SENT = {
-    "all-gather": lambda n: n - 1,
-    "reduce-scatter": lambda n: (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n,
-    "ragged-all-to-all": lambda n: (n - 1) / n,
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "collective-permute": lambda n: 1,
-}
-OPS = tuple(_SENT)
-
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=@?\w*mesh\[([^\]]*)\]\s*\{([^}]*)\}")
 _LISTS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
+
+
+def sent(op: str, n: int, operand: float) -> float:
+    """Bytes that one of n devices sends, given those of its operand."""
+    if op == "all-gather":
+        return (n - 1) * operand
+    if op == "collective-permute":
+        return operand
+    return (2 if op == "all-reduce" else 1) * (n - 1) / n * operand
 
 
 class Traffic(NamedTuple):
@@ -76,7 +75,7 @@ def collectives(
     sums: dict[tuple, tuple[int, float]] = {}
     for instruction, within, runs in program.instructions():
         op = instruction.op.removesuffix("-start")
-        if op not in _SENT:
+        if op not in hlo.COLLECTIVES:
             continue
         groups = replica_groups(instruction.attributes, math.prod(mesh.values()))
         axes, whole = axes_of(groups, mesh)
@@ -84,12 +83,14 @@ def collectives(
         n = groups.shape[1]
         if n < 2:
             continue
-        operands = instruction.operands[: 1 if op == "ragged-all-to-all" else None]
-        sizes = sum(hlo.size(within[name].shape) for name in operands)
+        sizes = [hlo.size(within[name].shape) for name in instruction.operands]
+        # A ragged one moves rows of its first operand into its second; one of the two has room for
+        # more than there is.
+        operand = min(sizes[:2]) if op == "ragged-all-to-all" else sum(sizes)
         key = (op, axes, whole, n, per_host)
-        calls, sent = sums.get(key, (0, 0.0))
-        sums[key] = (calls + runs, sent + runs * _SENT[op](n) * sizes)
-    found = [Traffic(*key, *value) for key, value in sums.items()]
+        calls, total = sums.get(key, (0, 0.0))
+        sums[key] = (calls + runs, total + runs * sent(op, n, operand))
+    found = [Traffic._make((*key, *value)) for key, value in sums.items()]
     return sorted(found, key=lambda traffic: -traffic.bytes_sent)
 
 

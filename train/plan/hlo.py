@@ -25,10 +25,18 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # Instructions that only name what is there already.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
-    "conditional", "after-all", "partition-id", "replica-id", "opt-barrier", "async-start",
+    "conditional", "after-all", "partition-id", "replica-id", "opt-barrier", "async",
 }  # fmt: skip
+COLLECTIVES = (
+    "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "all-reduce",
+    "collective-permute",
+)  # fmt: skip
 # `to_apply` of these is the program; of a reduction it is a scalar function.
-_CALLERS = {"call", "fusion", "async-start", "conditional"}
+_CALLERS = {"call", "async-start", "conditional"}
+_FUSIONS = ("fusion", "fusion-start")
+# Reads or writes a part of its first operand, which stays where it is.
+_PARTIAL = ("dynamic-slice", "gather", "dynamic-update-slice", "scatter")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written
 
 
 class Instruction(NamedTuple):
@@ -132,7 +140,7 @@ def _count(
             body = _BODY.search(instruction.attributes)
             assert body is not None, instruction
             unknown += _count(computations, body.group(1), inner, times)
-        elif instruction.op in _CALLERS and instruction.op != "fusion":
+        elif instruction.op in _CALLERS:
             for called in _called(instruction):
                 unknown += _count(computations, called, runs, times)
     return unknown
@@ -183,7 +191,8 @@ class Work(NamedTuple):
         dot_flop: operations of XLA's own matrix products.
         kernels: calls of each custom kernel that XLA cannot see into, by target.
         matmul_bytes: operands and results of matrix products and kernels, each once.
-        other_bytes: the same of everything else: elementwise work, copies, slices, the optimizer.
+        other_bytes: the same of everything else on the device: elementwise work, copies, slices,
+            the optimizer.
     """
 
     dot_flop: float
@@ -197,10 +206,11 @@ def work(program: Program) -> Work:
     flop, matmul_bytes, other_bytes = 0.0, 0.0, 0.0
     kernels: dict[str, int] = {}
     for instruction, within, runs in program.instructions():
-        if instruction.op in _FREE or instruction.op.endswith("-done"):
+        op = instruction.op.removesuffix("-start")
+        if op in _FREE or op.endswith("-done") or op in COLLECTIVES:
             continue
         dots = _dot_flop(instruction, within, program)
-        target = _target(instruction)
+        target = _kernel(instruction, program)
         moved = runs * _moved(instruction, within, program)
         if target is not None and not dots:
             kernels[target] = kernels.get(target, 0) + runs
@@ -210,6 +220,14 @@ def work(program: Program) -> Work:
         else:
             other_bytes += moved
     return Work(flop, kernels, matmul_bytes, other_bytes)
+
+
+def _kernel(instruction: Instruction, program: Program) -> str | None:
+    """The target of a custom call, also of one that a fusion hands slices to."""
+    if instruction.op not in _FUSIONS:
+        return _target(instruction)
+    inner = program.computations[_called(instruction)[0]]
+    return next((name for i in inner.values() if (name := _target(i)) is not None), None)
 
 
 def _target(instruction: Instruction) -> str | None:
@@ -223,7 +241,7 @@ def _dot_flop(
     instruction: Instruction, within: Mapping[str, Instruction], program: Program
 ) -> float:
     """Operations of the matrix products inside one launched instruction."""
-    if instruction.op == "fusion":
+    if instruction.op in _FUSIONS:
         total = 0.0
         for called in _called(instruction):
             inner = program.computations[called]
@@ -248,32 +266,49 @@ def _dot_flop(
 
 
 def _moved(instruction: Instruction, within: Mapping[str, Instruction], program: Program) -> int:
-    """Bytes that an instruction reads and writes; a slice of an array counts as the slice."""
-    if instruction.op == "dynamic-slice" or instruction.op == "gather":
-        return 2 * size(instruction.shape)
-    if instruction.op == "dynamic-update-slice":
-        return 2 * size(within[instruction.operands[1]].shape)
-    if instruction.op != "fusion":
+    """Bytes that an instruction reads and writes; a part of an array counts as the part."""
+    if instruction.op not in _FUSIONS:
+        if instruction.op in _PARTIAL:
+            return 2 * _written(instruction, within)
         return size(instruction.shape) + operand_bytes(instruction, within)
     inner = program.computations[_called(instruction)[0]]
     total = 0
     for parameter in (i for i in inner.values() if i.op == "parameter"):
-        users = [i for i in inner.values() if parameter.name in i.operands]
-        if users and all(_slices(user, parameter.name) for user in users):
-            total += sum(size(u.shape) for u in users if u.op != "dynamic-update-slice")
+        users = _users(parameter, inner)
+        if users and all(_touches_part(user, inner, parameter.name) for user in users):
+            total += sum(_written(user, inner) for user in users)
         else:
             total += size(parameter.shape)
     root = next(i for i in inner.values() if i.root)
     results = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
-    for result in results:
-        if result.op == "bitcast":
-            result = inner[result.operands[0]]
-        updates = result.op == "dynamic-update-slice"
-        total += size(inner[result.operands[1]].shape if updates else result.shape)
-    return total
+    return total + sum(_written(_source(result, inner), inner) for result in results)
 
 
-def _slices(user: Instruction, name: str) -> bool:
-    """Whether an instruction touches only a slice of the array `name`."""
-    sliced = ("dynamic-slice", "gather", "dynamic-update-slice")
-    return user.op in sliced and user.operands[0] == name and name not in user.operands[1:]
+def _written(instruction: Instruction, within: Mapping[str, Instruction]) -> int:
+    """Bytes of a result, or of the part of it that is new."""
+    part = _UPDATES.get(instruction.op)
+    shape = instruction.shape if part is None else within[instruction.operands[part]].shape
+    return size(shape)
+
+
+def _users(instruction: Instruction, within: Mapping[str, Instruction]) -> list[Instruction]:
+    """Who reads a value, under this name or another."""
+    found = []
+    for user in (i for i in within.values() if instruction.name in i.operands):
+        found += _users(user, within) if user.op == "bitcast" else [user]
+    return found
+
+
+def _source(instruction: Instruction, within: Mapping[str, Instruction]) -> Instruction:
+    """The instruction that made a value."""
+    while instruction.op == "bitcast":
+        instruction = within[instruction.operands[0]]
+    return instruction
+
+
+def _touches_part(user: Instruction, within: Mapping[str, Instruction], name: str) -> bool:
+    """Whether an instruction touches only a part of the array `name`."""
+    if user.op not in _PARTIAL:
+        return False
+    first, *rest = (_source(within[operand], within).name for operand in user.operands)
+    return first == name and name not in rest

@@ -1,0 +1,394 @@
+"""The plan of a run, put together: every figure with where it comes from.
+
+`compiled` was read from the program that XLA made for these GPUs, `compiled for CPU` from one made
+for as many CPU devices without the kernels, `counted` follows from the config by arithmetic, and
+`assumed` is or rests on a rate of `train.plan.hardware.Rates`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.sharding import MeshConfig
+from train.config import TrainConfig, to_dict
+from train.flops import computed_flop, model_flop, step_work
+from train.plan import counted, search
+from train.plan.collectives import Traffic
+from train.plan.compiled import Backend, Compiled, compile_step, plugin_found
+from train.plan.estimate import Estimate, estimate, seconds
+from train.plan.options import PlanOptions, architecture, mesh_sizes, train_config
+from train.plan.search import Candidate
+from train.stages import Stage
+
+Source = Literal["compiled", "compiled for CPU", "counted", "assumed"]
+
+# Meshes that a search compiles before it gives up.
+_TRIES = 3
+
+
+class Figure(NamedTuple):
+    """A number of bytes and where it comes from."""
+
+    name: str
+    bytes: int
+    source: Source
+
+
+class Recipe(NamedTuple):
+    """A stage of the published recipe on as many devices.
+
+    Attributes:
+        stage: warm-up or sparse training.
+        tokens: that it reads.
+        mesh: the planned one, or if the stage does not divide over it, the best by arithmetic.
+        estimate: None if no mesh of so many devices divides the stage.
+        compiled: whether the estimate rests on the planned, compiled step.
+        problem: why there is none.
+    """
+
+    stage: Stage
+    tokens: float
+    mesh: MeshConfig
+    estimate: Estimate | None
+    compiled: bool
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A run, planned.
+
+    Attributes:
+        options: what was asked, resolved.
+        config: the run on the chosen mesh.
+        state: parameters and optimizer.
+        memory: what a device holds, part by part.
+        limit: bytes that a run may fill.
+        traffic: collectives of a step.
+        traffic_source: where they come from.
+        compiled: what the compiler said; None where nothing was compiled.
+        estimate: of a step.
+        recipe: the published stages.
+        candidates: other meshes, the best first; empty unless searched.
+        notes: what a reader must know, one line each.
+    """
+
+    options: PlanOptions
+    config: TrainConfig
+    state: counted.State
+    memory: list[Figure]
+    limit: int
+    traffic: list[Traffic]
+    traffic_source: Source
+    compiled: Compiled | None
+    estimate: Estimate
+    recipe: list[Recipe]
+    candidates: list[Candidate]
+    notes: list[str]
+
+    @property
+    def bytes(self) -> int:
+        """All that a device must hold at once."""
+        return sum(figure.bytes for figure in self.memory)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that goes into the memory that a run may fill."""
+        return self.bytes <= self.limit
+
+
+def make(
+    options: PlanOptions,
+    on_phase: Callable[[str], None] = lambda phase: None,
+    model: ModelConfig | None = None,
+) -> Report:
+    """Plans a run.
+
+    Args:
+        options: what is asked.
+        on_phase: called with a few words whenever something that takes time begins.
+        model: the architecture, instead of the preset's.
+
+    Raises:
+        ValueError: options that contradict each other, or that nothing can be made of.
+        CompileError: the step does not compile.
+    """
+    options = options.resolved()
+    model = model or architecture(options.preset)
+    backend = _backend(options)
+    candidates: list[Candidate] = []
+    if options.mesh_is_open or options.search:
+        train_config(options, model, MeshConfig())  # what is wrong whatever the mesh
+        on_phase("counting meshes")
+        candidates = search.rank(options, model)
+        tried = candidates[: _TRIES if options.search and backend else 1]
+    else:
+        config = train_config(options, model, options.mesh)
+        tried = [search.count(options, config, counted.shapes_of(config))]
+    report, best = None, None
+    for number, candidate in enumerate(tried, 1):
+        compiled = None
+        if backend is not None:
+            prefix = f"mesh {number} of at most {len(tried)}: " if len(tried) > 1 else ""
+            compiled = compile_step(
+                candidate.config,
+                options.hardware,
+                backend,
+                lambda phase, prefix=prefix: on_phase(prefix + phase),
+                options.text,
+            )
+        report = _assemble(options, candidate, compiled, candidates if options.search else [])
+        if best is None or report.bytes < best.bytes or report.fits:
+            best = report
+        if report.fits:
+            break
+    assert best is not None
+    return best
+
+
+def _backend(options: PlanOptions) -> Backend | None:
+    if options.compile == "none":
+        return None
+    if options.compile == "cpu":
+        return "cpu"
+    if plugin_found():
+        return "cuda"
+    if options.compile == "cuda":
+        raise ValueError(
+            "compile='cuda' needs JAX's CUDA plugin, which needs no GPU: "
+            "pip install 'dsa-jax[cuda13]', or compile='cpu' or 'none'"
+        )
+    return "cpu"
+
+
+def _assemble(
+    options: PlanOptions,
+    candidate: Candidate,
+    compiled: Compiled | None,
+    candidates: list[Candidate],
+) -> Report:
+    gpu, config = options.hardware, candidate.config
+    source: Source = "counted"
+    traffic = counted.traffic(config, gpu.per_host)
+    timed = candidate.estimate
+    if compiled is not None:
+        source = "compiled" if compiled.backend == "cuda" else "compiled for CPU"
+        traffic = compiled.traffic
+        timed = estimate(
+            config,
+            gpu,
+            options.rates,
+            traffic,
+            compiled.work.other_bytes,
+            repeated(config, compiled),
+        )
+        if compiled.backend == "cpu":  # elementwise work is fused otherwise there
+            timed = estimate(config, gpu, options.rates, traffic, _counted_bytes(candidate))
+    return Report(
+        options=options,
+        config=config,
+        state=candidate.state,
+        memory=_memory(candidate, compiled, source),
+        limit=int(gpu.memory * options.memory_share),
+        traffic=traffic,
+        traffic_source=source,
+        compiled=compiled,
+        estimate=timed,
+        recipe=_recipe(options, config, timed, compiled is not None),
+        candidates=candidates,
+        notes=_notes(config, compiled),
+    )
+
+
+def _counted_bytes(candidate: Candidate) -> float:
+    from train.plan.estimate import other_bytes
+
+    held = candidate.state
+    return other_bytes(
+        candidate.config,
+        held.parameter_bytes + held.optimizer_bytes,
+        held.gradient_bytes,
+        counted.tokens_at_once(candidate.config),
+    )
+
+
+def counted_products(config: TrainConfig) -> float:
+    """Operations of products with weights, of one device in a step, the experts' left out."""
+    total = sum(part.total for part in step_work(config) if part.kind == "matmul")
+    return total * (config.batch_size or 0) / math.prod(config.mesh.sizes)
+
+
+def repeated(config: TrainConfig, compiled: Compiled) -> float:
+    """How many times more products the program has than the model needs: above 1 where devices
+    compute the same thing. Meaningful only where kernels serve everything else."""
+    if any(chosen != "mosaic" for chosen in compiled.implementations.values()):
+        return 1.0
+    return max(1.0, compiled.work.dot_flop / counted_products(config))
+
+
+def _memory(candidate: Candidate, compiled: Compiled | None, source: Source) -> list[Figure]:
+    held = candidate.state
+    figures = [
+        Figure("parameters", held.parameter_bytes, "counted"),
+        Figure("optimizer", held.optimizer_bytes, "counted"),
+    ]
+    if compiled is None:
+        return figures + [
+            Figure(name, size, "counted") for name, size in candidate.temporaries.items()
+        ]
+    memory = compiled.memory
+    rest = memory["arguments"] - held.parameter_bytes - held.optimizer_bytes + memory["outputs"]
+    return [
+        *figures,
+        Figure("batch and results", rest, source),
+        Figure("gradients and temporaries", memory["temporaries"], source),
+    ]
+
+
+def _recipe(
+    options: PlanOptions, config: TrainConfig, planned: Estimate, compiled: bool
+) -> list[Recipe]:
+    """Warm-up and sparse training at their published sizes."""
+    if not config.model.has_indexer:
+        return []
+    found = []
+    for stage in (Stage.WARMUP, Stage.SPARSE):
+        defaults = stage.defaults
+        tokens = float(defaults.steps * defaults.batch_size * defaults.sequence_length)
+        if stage is config.stage and _published(config):
+            found.append(Recipe(stage, tokens, config.mesh, planned, compiled))
+            continue
+        published = dataclasses.replace(
+            options,
+            stage=stage, batch_size=None, sequence_length=None, micro_batches=None, steps=None,
+        )  # fmt: skip
+        try:
+            best = _on_mesh(published, config)
+            found.append(Recipe(stage, tokens, best.config.mesh, best.estimate, False))
+        except ValueError as error:
+            found.append(Recipe(stage, tokens, config.mesh, None, False, str(error)))
+    return found
+
+
+def _on_mesh(options: PlanOptions, config: TrainConfig) -> Candidate:
+    """Another stage on the planned mesh, or if that does not divide it, on the best one."""
+    try:
+        run = train_config(options, config.model, config.mesh)
+        return search.count(options, run, counted.shapes_of(run))
+    except ValueError:
+        train_config(options, config.model, MeshConfig())  # what is wrong whatever the mesh
+        return search.rank(options, config.model)[0]
+
+
+def _published(config: TrainConfig) -> bool:
+    defaults = config.stage.defaults
+    fields = ("steps", "batch_size", "sequence_length")
+    return all(getattr(config, name) == getattr(defaults, name) for name in fields)
+
+
+def _notes(config: TrainConfig, compiled: Compiled | None) -> list[str]:
+    notes = []
+    if compiled is None:
+        notes.append("nothing was compiled: temporaries and collectives are arithmetic")
+        return notes
+    if compiled.backend == "cpu":
+        notes.append(
+            "compiled for CPU devices: state and collectives are those of GPUs, temporaries are "
+            "those of the plain ops; install JAX's CUDA plugin to compile for the GPUs"
+        )
+    for op, chosen in sorted(compiled.implementations.items()):
+        if compiled.backend == "cuda" and chosen != "mosaic":
+            notes.append(f"{op} has no kernel for this call: {chosen}")
+    if compiled.unknown_loops:
+        notes.append(f"{compiled.unknown_loops} loops of unknown length are counted as one pass")
+    more = repeated(config, compiled)
+    if more > 1.1:
+        notes.append(f"devices repeat each other's products: {more:.2f} times what is needed")
+    return notes
+
+
+# --- as plain data --------------------------------------------------------------------------------
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The report as JSON-ready data; bytes, seconds and operations are plain numbers."""
+    config, compiled = report.config, report.compiled
+    rates = report.options.rates
+    return {
+        "version": 1,
+        "fits": report.fits,
+        "devices": report.options.devices,
+        "gpu": report.options.hardware.name,
+        "mesh": mesh_sizes(config.mesh),
+        "run": {
+            "preset": report.options.preset,
+            "stage": config.stage.value,
+            "sequence_length": config.sequence_length,
+            "batch_size": config.batch_size,
+            "micro_batches": config.micro_batches,
+            "steps": config.steps,
+            "moment_dtype": config.optimizer.moment_dtype,
+            "remat": config.remat,
+        },
+        "parameters": report.state._asdict(),
+        "memory": {
+            "limit": report.limit,
+            "bytes": report.bytes,
+            "parts": [figure._asdict() for figure in report.memory],
+        },
+        "flop": {
+            "source": "counted",
+            "needed": model_flop(config) * (config.batch_size or 0),
+            "computed": computed_flop(config) * (config.batch_size or 0),
+            "parts": [
+                {
+                    "name": part.name,
+                    "kind": part.kind,
+                    "total": part.total * (config.batch_size or 0),
+                }
+                for part in step_work(config)
+            ],
+            "compiled_products_of_a_device": compiled.work.dot_flop if compiled else None,
+            "counted_products_of_a_device": counted_products(config),
+        },
+        "traffic": [
+            {
+                **one._asdict(),
+                "axes": list(one.axes),
+                "seconds": seconds(one, rates),
+                "source": report.traffic_source,
+            }
+            for one in report.traffic
+        ],
+        "time": {"source": "assumed", **report.estimate._asdict()},
+        "rates": to_dict(rates),
+        "recipe": [
+            {
+                "stage": part.stage.value,
+                "tokens": part.tokens,
+                "source": "assumed",
+                "mesh": mesh_sizes(part.mesh),
+                "compiled": part.compiled,
+                "problem": part.problem,
+                "time": part.estimate._asdict() if part.estimate else None,
+            }
+            for part in report.recipe
+        ],
+        "candidates": [
+            {
+                "mesh": mesh_sizes(one.config.mesh),
+                "bytes": one.bytes,
+                "fits": one.fits,
+                "step_seconds": one.estimate.step,
+                "source": "counted",
+            }
+            for one in report.candidates
+        ],
+        "compile_seconds": compiled.seconds if compiled else None,
+        "implementations": compiled.implementations if compiled else {},
+        "notes": report.notes,
+    }

@@ -1,0 +1,122 @@
+"""Compiles one train step for devices that are not there; a process of its own.
+
+    python -m train.plan.worker < job
+
+The job is a pickled `Job`. Lines on stdout are JSON: `{"phase": ...}` as the work goes on, and at
+the end `{"result": ...}`. A process of its own, because which platforms JAX loads and how many CPU
+devices there are is decided once in a process's life.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from dsa_jax.sharding import batch_spec, make_mesh
+from pallas_kernels import dispatch
+from train.config import TrainConfig
+from train.plan import collectives, hlo
+from train.plan.options import mesh_sizes
+from train.start import plan
+from train.step import make_step
+
+
+class Job(NamedTuple):
+    """What to compile.
+
+    Attributes:
+        config: a resolved config, its mesh written out.
+        target: the GPU as XLA describes one; None compiles for the CPU devices of this process.
+        per_host: GPUs joined by NVLink.
+        text: where to write the compiled program's text; None: nowhere.
+    """
+
+    config: TrainConfig
+    target: str | None
+    per_host: int
+    text: Path | None = None
+
+
+def devices(job: Job) -> list[Any]:
+    """Stand-ins for the job's GPUs, host by host; or this process's CPU devices."""
+    count = int(np.prod(job.config.mesh.sizes))
+    if job.target is None:
+        return list(jax.devices("cpu")[:count])
+    from jax._src import xla_bridge  # noqa: F401  finds the plugin
+    from jax.experimental import topologies
+
+    hosts = max(1, count // job.per_host)
+    topology = topologies.get_topology_desc(
+        "", "cuda", target_config=job.target, topology=f"1x{hosts}x{count // hosts}"
+    )
+    return list(topology.devices)
+
+
+def lower(config: TrainConfig, mesh: Mesh, kernels: bool) -> jax.stages.Lowered:
+    """The train step, traced and lowered for the mesh's devices."""
+    run = plan(config, mesh)
+    place = NamedSharding(mesh, batch_spec())
+    shape = (config.batch_size, config.sequence_length)
+    names = ("tokens", "targets", "positions", "segment_ids")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name in names}
+    step = jax.jit(
+        make_step(config, run.skeleton, run.optimizer),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, run.state), None),
+    )
+    platform = "cuda" if mesh.devices.flat[0].platform == "gpu" else "cpu"
+    with dispatch.kernels(kernels):
+        return step.trace(run.state, batch).lower(lowering_platforms=(platform,))
+
+
+def compile(job: Job) -> dict[str, Any]:
+    """Compiles and reads the program; reports phases as it goes."""
+    say(phase="tracing")
+    mesh = make_mesh(job.config.mesh, devices(job))
+    began = time.perf_counter()
+    with jax.set_mesh(mesh), dispatch.recorded() as implementations:
+        lowered = lower(job.config, mesh, kernels=job.target is not None)
+        say(phase="compiling")
+        compiled = lowered.compile()
+    say(phase="reading the program")
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    if text is None or memory is None:
+        raise RuntimeError("the compiler tells neither its program nor its memory")
+    if job.text is not None:
+        job.text.write_text(text)
+    program = hlo.parse(text)
+    return {
+        "seconds": time.perf_counter() - began,
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        },
+        "implementations": dict(implementations),
+        "traffic": collectives.collectives(program, mesh_sizes(job.config.mesh), job.per_host),
+        "work": hlo.work(program)._asdict(),
+        "unknown_loops": program.unknown_loops,
+    }
+
+
+def say(**message: Any) -> None:
+    """One line to the parent."""
+    print(json.dumps(message), flush=True)
+
+
+def main() -> None:
+    """Reads a job from stdin, writes what came of it to stdout."""
+    say(result=compile(pickle.load(sys.stdin.buffer)))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dsa_jax import presets
 from dsa_jax.config import ModelConfig
-from train import cluster
+from train import cluster, launch
 from train.config import TrainConfig
 from train.supervise import INTERRUPTED, LOST, Worker, supervise
 
@@ -85,19 +85,19 @@ def _architecture(name: str) -> ModelConfig:
 
 def _run(arguments: Sequence[str]) -> int:
     config = parse(arguments)
-    launch = cluster.detect(config.cluster, os.environ)
-    if launch is None:
+    place = launch.detect(config.cluster, os.environ)
+    if place is None:
         return _train(config)
     wait = config.cluster.start_timeout
-    return supervise(launch.name, wait, lambda worker: _train_together(config, launch, worker))
+    return supervise(place.name, wait, lambda worker: _train_together(config, place, worker))
 
 
-def _train_together(config: TrainConfig, launch: cluster.Launch, worker: Worker) -> int:
+def _train_together(config: TrainConfig, place: launch.Launch, worker: Worker) -> int:
     """One process's part of a run of several."""
     import jax
 
     try:
-        cluster.join(launch, config.cluster)
+        cluster.join(place, config.cluster)
         worker.joined()
         code = _train(config)
     except cluster.AgreedError as error:
@@ -107,14 +107,14 @@ def _train_together(config: TrainConfig, launch: cluster.Launch, worker: Worker)
     except Exception as error:
         if cluster.tells_of_loss(error):
             _tell(
-                f"{launch.name}: another process of the run is lost, its own log says why (seen "
+                f"{place.name}: another process of the run is lost, its own log says why (seen "
                 f"here: {cluster.last_line(error)}). The checkpoints are whole: start all "
                 "processes again to go on"
             )
             return LOST
         if not _explained(error):
             raise
-        _tell(f"{launch.name}: {error}")
+        _tell(f"{place.name}: {error}")
         return 1  # at once: the others are waiting for this process, and end when it is gone
     jax.distributed.shutdown()
     return code

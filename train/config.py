@@ -17,7 +17,7 @@ from dsa_jax import presets
 from dsa_jax.config import ModelConfig
 from dsa_jax.sharding import MeshConfig, Rules
 from dsa_jax.transformer import REMAT_POLICIES
-from train.cluster import ClusterConfig
+from train.launch import ClusterConfig
 from train.stages import Stage
 
 

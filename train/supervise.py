@@ -56,14 +56,19 @@ def supervise(name: str, start_timeout: int, work: Callable[[Worker], int]) -> i
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
+    # Held back until both can handle them.
+    unheld = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     child = _fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unheld)
         os.close(ours)
+        os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent, which passes it on: once
         _die_with(parent)
         os._exit(_guarded(work, Worker(theirs)))
     os.close(theirs)
     for number in _PASSED_ON:
         signal.signal(number, lambda received, frame: _pass_on(child, received))
+    signal.pthread_sigmask(signal.SIG_SETMASK, unheld)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:

@@ -4,9 +4,9 @@
 
 A round starts both processes, waits for a random number of steps and then for a random part of a
 second, and kills one: its worker, or the parent that a launcher sees. The other one must end by
-itself, with a sentence, within `pair_runs.BOUND` seconds (and `START` more if one was killed
-before both had come together). Checkpoints are written at every step, so
-most kills fall into a save. Every other round starts where the last kill has left the folder.
+itself, with a sentence, within `pair_runs.BOUND` seconds; `START` more if one was killed before
+both had come together. Checkpoints are written at every step, so most kills fall into a save. Every
+round starts where the last kill has left the folder.
 """
 
 from __future__ import annotations
@@ -34,9 +34,25 @@ def child_of(pid: int) -> int | None:
 
 
 def kill_round(
-    group: Group, metrics: Path, steps: int, pause: float, victim: int, worker: bool
+    group: Group,
+    metrics: Path,
+    steps: int,
+    pause: float,
+    victim: int,
+    worker: bool,
+    how: signal.Signals = signal.SIGKILL,
 ) -> str:
     """Kills one process of the group some steps from now; returns what happened, in words.
+
+    Args:
+        group: just started.
+        metrics: of its run.
+        steps: after how many steps; 0: while it starts.
+        pause: seconds after that.
+        victim: which process.
+        worker: the one that computes, not its parent.
+        how: SIGSTOP leaves all its connections open, as a frozen host does: only its missing
+            heartbeat tells.
 
     Raises:
         AssertionError: the other one did not end by itself, or without a sentence.
@@ -48,19 +64,17 @@ def kill_round(
     process = group.workers[victim]
     target = (child_of(process.pid) if worker and process.poll() is None else None) or process.pid
     if process.poll() is None:
-        os.kill(target, signal.SIGKILL)
+        os.kill(target, how)
     began = time.monotonic()
-    codes = group.wait(BOUND if steps else START + BOUND)
-    seconds = time.monotonic() - began
     other = 1 - victim
-    if codes == [0, 0]:
+    code = group.wait_for(other, BOUND if steps else START + BOUND)
+    seconds = time.monotonic() - began
+    if code == 0:
         return "both had finished"
-    assert codes[victim] in (-signal.SIGKILL, 137), (codes, group.said())
+    assert code == LOST, f"{code}\n{group.said()}"
     said = group.logs[other].read_text()
-    if codes[other] not in (LOST, 75):  # before it joined, it may still be importing
-        raise AssertionError(f"{codes}\n{group.said()}")
     assert "another process of the run is lost" in said or "come together" in said, said[-2000:]
-    return f"process {victim} killed, the other ended {seconds:.1f} s later"
+    return f"{how.name} to process {victim}, the other ended {seconds:.1f} s later"
 
 
 def kill_rounds(folder: Path, rounds: int, seed: int, **fields: object) -> list[str]:
@@ -82,7 +96,14 @@ def kill_rounds(folder: Path, rounds: int, seed: int, **fields: object) -> list[
             pause = rng.uniform(5, 15)  # while it starts
         lines.append(
             f"round {number + 1}: "
-            + kill_round(group, metrics, steps, pause, rng.randrange(2), rng.random() < 0.5)
+            + kill_round(
+                group,
+                metrics,
+                steps,
+                pause,
+                victim=rng.randrange(2),
+                worker=rng.random() < 0.5,
+            )
         )
         print(lines[-1], checkpoints(folder / "cut"), flush=True)
     last = Group(folder, flags(folder, tokens, "cut", **fields))

@@ -99,9 +99,26 @@ class Group:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"not ended in {seconds} s:\n{self.said()}") from None
         finally:
-            for worker in self.workers:
-                worker.kill()
-                worker.wait()
+            self.kill()
+
+    def wait_for(self, rank: int, seconds: float) -> int:
+        """The exit status of one of them; the others are killed then.
+
+        Raises:
+            AssertionError: it is still there after `seconds`.
+        """
+        try:
+            return self.workers[rank].wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not ended in {seconds} s:\n{self.said()}") from None
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """Ends all that are left."""
+        for worker in self.workers:
+            worker.kill()
+            worker.wait()
 
     def said(self) -> str:
         """The ends of the logs."""

@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from tests.processes import ROOT
-from train import cluster
-from train.cluster import ClusterConfig, ClusterError, Launch, detect
+from train import cluster, launch
+from train.launch import ClusterConfig, ClusterError, Launch, detect
 
 SLURM = {
     "SLURM_JOB_ID": "7123",
@@ -38,7 +38,7 @@ def without(environ: dict, *names: str) -> dict:
 @pytest.fixture(autouse=True)
 def no_packages(monkeypatch):
     """Neither `kubernetes` nor `mpi4py`, wherever this runs."""
-    monkeypatch.setattr(cluster, "_has", lambda module: False)
+    monkeypatch.setattr(launch, "_has", lambda module: False)
 
 
 def seen(environ, **flags):
@@ -69,7 +69,7 @@ def test_launchers_are_handed_to_jax():
 
 
 def test_jax_reads_its_own_pod_where_it_can(monkeypatch):
-    monkeypatch.setattr(cluster, "_has", lambda module: module == "kubernetes")
+    monkeypatch.setattr(launch, "_has", lambda module: module == "kubernetes")
     assert seen(POD) == Launch("Kubernetes", None, None, None, 2, None)
 
 

@@ -13,7 +13,7 @@ from small_runs import MODEL
 
 import train
 from train.__main__ import parse
-from train.cluster import ClusterConfig, Launch, detect
+from train.launch import ClusterConfig, Launch, detect
 
 DOC = Path(train.__file__).parents[1] / "docs" / "cluster.md"
 
@@ -84,5 +84,5 @@ def test_jobset(shared):
 def test_numbers_in_the_text_are_the_defaults():
     text = DOC.read_text(encoding="utf-8")
     assert f"`--cluster.heartbeat-timeout` ({ClusterConfig.heartbeat_timeout} s" in text
-    assert f"`--cluster.start-timeout` ({ClusterConfig.start_timeout} s" in text
+    assert f"`--cluster.start-timeout`\n({ClusterConfig.start_timeout} s)" in text
     assert os.path.exists(DOC.parents[1] / "tests" / "train" / "kill_pairs.py")

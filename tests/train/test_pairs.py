@@ -20,7 +20,7 @@ from train.__main__ import parse
 from train.checkpoints import Checkpoints, optimizer_leaves
 from train.loop import train
 from train.start import plan, start
-from train.supervise import INTERRUPTED
+from train.supervise import INTERRUPTED, LOST
 from train.tracker import read_metrics
 
 # Compiled by each process at each start, so of one layer only.
@@ -53,14 +53,15 @@ def whole(folder, tokens):
 
 @pytest.fixture(scope="module")
 def cut(folder, tokens):
-    """The same run: one process gets a notice of preemption; after the resume one is killed."""
+    """The same run: one process gets a notice of preemption; after resumes, one freezes, one is
+    killed."""
     run = folder / "cut"
     group = launch(folder, tokens, "cut")
     group.until_step(run / "metrics.jsonl", 2)
-    os.kill(group.workers[1].pid, signal.SIGTERM)
+    os.kill(group.workers[1].pid, signal.SIGINT)  # one is handed on as the other
     noticed = group.wait(120), checkpoints(run), group.logs[0].read_text()
     group = launch(folder, tokens, "cut")
-    killed = [kill_round(group, run / "metrics.jsonl", 1, 0.05, 1, False)]
+    killed = [kill_round(group, run / "metrics.jsonl", 1, 0.05, 1, True, signal.SIGSTOP)]
     group = launch(folder, tokens, "cut")
     killed += [kill_round(group, run / "metrics.jsonl", 1, 0.0, 0, True)]
     return run, noticed, killed
@@ -150,3 +151,12 @@ def test_processes_with_other_flags_stop_together(folder, tokens):
     assert message in said
     assert "error" not in group.logs[1].read_text()
     assert not re.search(r"Traceback", said)
+
+
+def test_process_whose_others_never_come_ends(folder, tokens):
+    group = launch(folder, tokens, "alone", ("--cluster.start-timeout", "3"))
+    group.workers[0].kill()
+    assert group.wait(60) == [-signal.SIGKILL, LOST], group.said()
+    said = group.logs[1].read_text()
+    assert "error: process 1 of 2 on " in said
+    assert "did not all come together within 3 s (--cluster.start-timeout)" in said

@@ -39,6 +39,16 @@ stream = data.batches(corpus, config, length=16, batch_size=8, seed=3, first_row
 local = [next(stream) for _ in range(3)]
 placed = [data.place(batch, sharding, 8)["tokens"] for batch in local]
 held = [shard.data.tolist() for shard in placed[0].addressable_shards]
+read_by_rows = list(read)
+
+# Sequences cut over processes: two of them hold parts of the same rows.
+cut = NamedSharding(make_mesh(MeshConfig(fsdp=2, context=4)), batch_spec())
+part = data.process_rows(cut, (8, 16))
+stream = data.batches(corpus, config, length=16, batch_size=8, seed=3, first_row=8, part=part)
+pieces = [
+    [[s.start or 0 for s in shard.index], shard.data.tolist()]
+    for shard in data.place(next(stream), cut, 8)["tokens"].addressable_shards
+]
 
 said = []
 try:
@@ -55,7 +65,8 @@ cluster.require_same("data", {"a": 1})
 with cluster.together():
     pass
 tokens = [batch["tokens"].tolist() for batch in local]
-print(json.dumps({"tokens": tokens, "read": read, "held": held, "said": said}))
+print(json.dumps({"tokens": tokens, "read": read_by_rows, "held": held, "said": said}
+                 | {"part": [part.start, part.stop], "pieces": pieces}))
 """
 
 
@@ -78,6 +89,10 @@ def test_four_processes_read_the_batches_of_one(tmp_path):
     read = [set(f["read"]) for f in found]
     assert sum(len(rows) for rows in read) == len(set().union(*read))  # no row in two processes
     assert all(6 <= len(rows) <= 2 * 8 for rows in read)  # three batches and what is read ahead
+    assert [f["part"] for f in found] == [[0, 4], [0, 4], [4, 8], [4, 8]]
+    for (row, column), piece in (pair for f in found for pair in f["pieces"]):
+        assert (piece == wanted[0][row : row + 4, column : column + 4]).all()
+    assert len({tuple(at) for f in found for at, _ in f["pieces"]}) == 8
     for f in found:
         assert f["said"][0] == "process 2 cannot start: no such disk"
         assert f["said"][1].startswith("process 3 has other data than process 0: bbb")

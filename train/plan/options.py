@@ -10,7 +10,7 @@ from typing import Literal
 
 from dsa_jax import presets
 from dsa_jax.config import ModelConfig
-from dsa_jax.sharding import AXES, MeshConfig, batch_spec
+from dsa_jax.sharding import AXES, MeshConfig, axes_tuple, batch_spec
 from train.config import OptimizerConfig, TrainConfig
 from train.plan.hardware import GPUS, Gpu, Rates
 from train.stages import Stage
@@ -173,8 +173,7 @@ def ways(mesh: MeshConfig, dimension: int) -> int:
 
 
 def _axes(dimension: int) -> tuple[str, ...]:
-    axes = batch_spec()[dimension]
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    return axes_tuple(batch_spec()[dimension])
 
 
 def _over(mesh: MeshConfig, dimension: int) -> str:

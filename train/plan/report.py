@@ -141,7 +141,7 @@ def make(
                 lambda phase, prefix=prefix: on_phase(prefix + phase),
                 options.text,
             )
-        report = _assemble(options, candidate, compiled, candidates if options.search else [])
+        report = assemble(options, candidate, compiled, candidates if options.search else [])
         if best is None or report.bytes < best.bytes or report.fits:
             best = report
         if report.fits:
@@ -165,12 +165,20 @@ def _backend(options: PlanOptions) -> Backend | None:
     return "cpu"
 
 
-def _assemble(
+def assemble(
     options: PlanOptions,
     candidate: Candidate,
     compiled: Compiled | None,
     candidates: list[Candidate],
 ) -> Report:
+    """The plan of one mesh.
+
+    Args:
+        options: resolved.
+        candidate: the run on the mesh, and what arithmetic says of it.
+        compiled: what the compiler says; None: nothing was compiled.
+        candidates: to be listed beside it.
+    """
     gpu, config = options.hardware, candidate.config
     source: Source = "counted"
     traffic = counted.traffic(config, gpu.per_host)

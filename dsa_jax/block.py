@@ -17,7 +17,7 @@ from dsa_jax.moe import MoE, SwiGLU
 from dsa_jax.norms import RMSNorm, round_to
 from dsa_jax.plan import LayerKind
 from dsa_jax.sharding import Rules
-from dsa_jax.spread import gathered
+from dsa_jax.spread import gathered, pinned
 from pallas_kernels import Selection
 
 
@@ -95,8 +95,9 @@ class Block(nnx.Module):
     ) -> BlockOutput:
         """Runs the layer; arguments as for `MLA`, `h` the residual sum."""
         here = gathered(self, self.rules, self.dtype)
+        h = pinned(h, self.rules, "B T _")
         attention = here.self_attn(here.input_layernorm(h), rows, mode, layer, cache, shared)
-        h = self._add(h, attention.out)
+        h = pinned(self._add(h, attention.out), self.rules, "B T _")
         x = here.post_attention_layernorm(h)
         load = None
         if isinstance(here.mlp, MoE):

@@ -8,22 +8,44 @@ Without a mesh these are the ops.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32
 
 import pallas_kernels as ops
 from dsa_jax.indexer import IndexerHeads
 from dsa_jax.linear import Linear
 from dsa_jax.sharding import Rules
-from dsa_jax.spread import all_keys, axes_of, per_device
+from dsa_jax.spread import (
+    all_keys,
+    axes_of,
+    by_query,
+    deal_queries,
+    order_of,
+    per_device,
+    spec,
+)
 from pallas_kernels import KeyRange, Selection
 
 
 def _heads_letters(heads: IndexerHeads) -> IndexerHeads:
     scale = None if heads.k_scale is None else "B T"
     return IndexerHeads("B T _ _", "B T _", "B T _", scale)  # pyright: ignore[reportArgumentType]
+
+
+def _keys(rules: Rules) -> Callable[[Array], Array]:
+    """What makes a device's keys all keys."""
+    return functools.partial(all_keys, axes=axes_of(rules, "T"), devices=order_of(rules))
+
+
+def _heads_split(rules: Rules) -> Callable[[Array], PartitionSpec]:
+    """How the attention leaves arrays with heads."""
+    return lambda x: spec(rules, "B T N" + " _" * (x.ndim - 3))
 
 
 _RANGES = KeyRange("B T", "B T")  # pyright: ignore[reportArgumentType]
@@ -40,11 +62,12 @@ def lightning_indexer(
         topk: how many.
         rules: from letters to axes.
     """
-    axes = axes_of(rules, "T")
+    rules = by_query(rules)
+    keys = _keys(rules)
 
     def local(heads: IndexerHeads, ranges: KeyRange) -> Array:
-        k = all_keys(heads.k, axes)
-        k_scale = None if heads.k_scale is None else all_keys(heads.k_scale, axes)
+        k = keys(heads.k)
+        k_scale = None if heads.k_scale is None else keys(heads.k_scale)
         return ops.lightning_indexer(
             heads.q, k, heads.w, ranges, topk=topk, k_scale=k_scale
         ).indices
@@ -64,11 +87,11 @@ def sparse_attention(
     rules: Rules,
 ) -> tuple[Float[Array, "B T N C"], Float32[Array, "B T N"]]:
     """Attention over selected keys; as `pallas_kernels.sparse_attention`."""
-    axes = axes_of(rules, "T")
+    keys = _keys(rules)
 
     def local(q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
         return ops.sparse_attention(
-            q, all_keys(kv, axes), Selection(indices), value_width=value_width, scale=scale
+            q, keys(kv), Selection(indices), value_width=value_width, scale=scale
         )
 
     arguments = ("B T N _", "B T _", "B T _")
@@ -121,10 +144,10 @@ def dense_attention(
     Every device expands the latents of all keys, of its own heads: 2 S C N (P + V) operations,
     against an exchange of N (P + V) / (C + R) times as much.
     """
-    axes = axes_of(rules, "T")
+    keys = _keys(rules)
 
     def local(q: Array, kv: Array, up: Linear, ranges: KeyRange) -> tuple[Array, Array]:
-        k, v = per_head(up, all_keys(kv, axes), q)
+        k, v = per_head(up, keys(kv), q)
         return ops.dense_attention(q, k, v, ranges, scale=scale)
 
     arguments = ("B T N _", "B T _", jax.tree.map(lambda _: "_ N", up), _RANGES)
@@ -145,13 +168,15 @@ def indexer_kl_dense_loss(
     rules: Rules,
 ) -> Float32[Array, ""]:
     """The warm-up loss of all tokens; as `pallas_kernels.indexer_kl_dense_loss`."""
-    axes = axes_of(rules, "T")
-    over = axes_of(rules, "B") + axes
+    deal, heads_split = deal_queries(rules), _heads_split(rules)
+    rules = by_query(rules)
+    keys, over = _keys(rules), axes_of(rules, "B") + axes_of(rules, "T")
 
     def local(heads: IndexerHeads, q, kv, up, lse, ranges, row_weights) -> Array:
+        q, lse = deal(q), deal(lse)
         # Expanded once more: the compiler finds that attention has done so already.
-        k, _ = per_head(up, all_keys(kv, axes), q)
-        ik = all_keys(heads.k, axes)
+        k, _ = per_head(up, keys(kv), q)
+        ik = keys(heads.k)
         loss = ops.indexer_kl_dense_loss(
             heads.q, ik, heads.w, q, k, lse, ranges, row_weights, scale=scale
         )
@@ -159,7 +184,7 @@ def indexer_kl_dense_loss(
 
     whole = jax.tree.map(lambda _: "_ N", up)
     arguments = (
-        _heads_letters(heads), "B T N _", "B T _", whole, "B T N", _RANGES, "B T"
+        _heads_letters(heads), heads_split(q), "B T _", whole, heads_split(lse), _RANGES, "B T"
     )  # fmt: skip
     return per_device(local, rules, arguments, "")(heads, q, kv, up, lse, ranges, row_weights)
 
@@ -175,13 +200,15 @@ def indexer_kl_sparse(
     rules: Rules,
 ) -> Float32[Array, "B T"]:
     """The loss of the sparse stage, per query; as `pallas_kernels.indexer_kl_sparse`."""
-    axes = axes_of(rules, "T")
+    deal, heads_split = deal_queries(rules), _heads_split(rules)
+    rules = by_query(rules)
+    keys = _keys(rules)
 
     def local(heads: IndexerHeads, q, kv, lse, indices) -> Array:
-        ik, kv = all_keys(heads.k, axes), all_keys(kv, axes)
+        ik, kv, q, lse = keys(heads.k), keys(kv), deal(q), deal(lse)
         return ops.indexer_kl_sparse(
             heads.q, ik, heads.w, q, kv, lse, Selection(indices), scale=scale
         )
 
-    arguments = (_heads_letters(heads), "B T N _", "B T _", "B T N", "B T _")
+    arguments = (_heads_letters(heads), heads_split(q), "B T _", heads_split(lse), "B T _")
     return per_device(local, rules, arguments, "B T")(heads, q, kv, lse, selection.indices)

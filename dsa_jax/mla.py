@@ -37,7 +37,7 @@ from dsa_jax.norms import RMSNorm
 from dsa_jax.quantization import round_trip
 from dsa_jax.rope import Rotation, rotate
 from dsa_jax.sharding import Rules
-from dsa_jax.spread import gathered
+from dsa_jax.spread import gathered, pinned
 from pallas_kernels import KeyRange, Selection
 
 Attention = Literal["dense", "sparse", "masked"]
@@ -224,9 +224,9 @@ class MLA(nnx.Module):
             shared: the selection of the full layer before, which a layer without an indexer reuses.
         """
         c = self.config
-        q_latent = self.q_a_layernorm(self.q_a_proj(x))
-        q = self._queries(q_latent, rows.turn)
-        kv = self._latent_keys(x, rows.turn)
+        q_latent = pinned(self.q_a_layernorm(self.q_a_proj(x)), self.rules, "B T _")
+        q = pinned(self._queries(q_latent, rows.turn), self.rules, "B T N _")
+        kv = pinned(self._latent_keys(x, rows.turn), self.rules, "B T _")
         tokens = jax.lax.stop_gradient((x, q_latent, rows.turn))
         index = None
         if self.indexer is not None and (mode.select or cache is not None):
@@ -267,7 +267,8 @@ class MLA(nnx.Module):
         probe = None
         if mode.probe is not None:
             probe = mode.probe(state._replace(selection=selection))
-        out = self.o_proj(out.reshape(*out.shape[:2], -1))
+        out = pinned(out, self.rules, "B T N _").reshape(*out.shape[:2], -1)
+        out = self.o_proj(out)
         return AttentionOutput(out, cache, selection, kl, probe)
 
     def _queries(self, q_latent: Array, turn: Rotation) -> Float[Array, "B T N P+R"]:

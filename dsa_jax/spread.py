@@ -62,6 +62,14 @@ def parts(rules: Rules, letter: str) -> int:
     return math.prod(sizes[axis] for axis in axes_of(rules, letter))
 
 
+def by_query(rules: Rules) -> Rules:
+    """Rules of what the indexer does: queries are dealt out over the heads' axes too.
+
+    Its scores sum over heads and its target sums over the attention's, so its heads are whole.
+    """
+    return dataclasses.replace(rules, T=axes_tuple(rules.T) + axes_tuple(rules.N), N=None)
+
+
 def spec(rules: Rules, letters: str) -> PartitionSpec:
     """As `Rules.spec`, of the axes with more than one device."""
     sizes = mesh_sizes()
@@ -79,12 +87,16 @@ def per_device(fn: Callable, rules: Rules, arguments: Any, results: Any) -> Call
     Args:
         fn: may use collectives over `axes_of`, taken before.
         rules: from letters to axes.
-        arguments: a tuple, for each argument its letters, or a tree of letters.
+        arguments: a tuple, for each argument its letters, or a tree of letters; or specs, where
+            other rules hold.
         results: letters of the results, likewise.
     """
     if not mesh_sizes():
         return fn
-    to_spec = functools.partial(spec, rules)
+
+    def to_spec(letters: str | PartitionSpec) -> PartitionSpec:
+        return letters if isinstance(letters, PartitionSpec) else spec(rules, letters)
+
     return jax.shard_map(
         fn, in_specs=jax.tree.map(to_spec, arguments), out_specs=jax.tree.map(to_spec, results)
     )
@@ -98,8 +110,8 @@ def check_batch(shape: tuple[int, ...], rules: Rules) -> None:
     """
     sizes = mesh_sizes()
     for letter, length, chunks in (("B", shape[0], 1), ("T", shape[1], 2)):
-        axes = axes_of(rules, letter)
-        needed = chunks * parts(rules, letter)
+        axes = axes_of(by_query(rules), letter)
+        needed = chunks * parts(by_query(rules), letter)
         if axes and length % needed:
             over = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes)
             twice = " x 2 (a device holds two chunks of a sequence)" if chunks == 2 else ""
@@ -107,6 +119,11 @@ def check_batch(shape: tuple[int, ...], rules: Rules) -> None:
                 f"tokens have {letter}={length}, which does not divide by {over}{twice}; choose a "
                 f"multiple of {needed}, or a smaller mesh"
             )
+
+
+def pinned(x: Array, rules: Rules, letters: str) -> Array:
+    """x where its letters say, and its gradient too: what the partitioner may not reconsider."""
+    return lax.with_sharding_constraint(x, spec(rules, letters)) if mesh_sizes() else x
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -152,7 +169,9 @@ def _whole_forward(w, whole, cut):
 
 
 def _whole_backward(whole, cut, _, g):
-    return (lax.with_sharding_constraint(g, cut),)
+    # Whole first: or the partitioner cuts the factors of the product that makes g, which are split
+    # by tokens, anew. A sum over devices of which each keeps a part becomes a reduce-scatter.
+    return (lax.with_sharding_constraint(lax.with_sharding_constraint(g, whole), cut),)
 
 
 _whole.defvjp(_whole_forward, _whole_backward)
@@ -192,6 +211,19 @@ def _rows(table: Array, tokens: Array, words: Axes) -> Array:
 # --- tokens of a sequence ------------------------------------------------------------------------
 
 
+def order_of(rules: Rules) -> int:
+    """For how many devices tokens are in zig-zag order."""
+    return parts(by_query(rules), "T")
+
+
+def deal_queries(rules: Rules) -> Callable[[Array], Array]:
+    """What turns `[B, T, N, ...]` of some heads into that of some queries, inside `per_device`."""
+    heads = axes_of(rules, "N")
+    if not heads:
+        return lambda x: x
+    return lambda x: lax.all_to_all(x, heads, split_axis=1, concat_axis=2, tiled=True)
+
+
 def to_zigzag(x: Array, devices: int) -> Array:
     """`[B, T, ...]` from natural to zig-zag order for so many devices."""
     chunks = x.reshape(x.shape[0], 2, devices, -1, *x.shape[2:])
@@ -204,7 +236,7 @@ def from_zigzag(x: Array, devices: int) -> Array:
     return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1).reshape(x.shape)
 
 
-def all_keys(x: Array, axes: Axes) -> Array:
+def all_keys(x: Array, axes: Axes, devices: int) -> Array:
     """Keys of all devices, `[B, S, ...]` in natural order, from each device's own.
 
     To be called inside `per_device`. The gradient is summed over the devices in fp32, whatever
@@ -212,31 +244,34 @@ def all_keys(x: Array, axes: Axes) -> Array:
 
     Args:
         x: this device's two chunks.
-        axes: `axes_of(rules, "T")`; empty: x has all.
+        axes: over which keys are dealt out; empty: x has all.
+        devices: for how many tokens are in zig-zag order: `order_of(rules)`.
     """
-    return _all_keys(x, axes) if axes else x
+    if axes:
+        x = _gather_keys(x, axes)
+    return from_zigzag(x, devices) if devices > 1 else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _all_keys(x: Array, axes: Axes) -> Any:
-    return from_zigzag(lax.all_gather(x, axes, axis=1, tiled=True), lax.axis_size(axes))
+def _gather_keys(x: Array, axes: Axes) -> Any:
+    return lax.all_gather(x, axes, axis=1, tiled=True)
 
 
-def _all_keys_forward(x, axes):
-    return _all_keys(x, axes), None
+def _gather_keys_forward(x, axes):
+    return _gather_keys(x, axes), None
 
 
-def _all_keys_backward(axes, _, g):
-    wide = to_zigzag(g.astype(jnp.float32), lax.axis_size(axes))
+def _gather_keys_backward(axes, _, g):
+    wide = g.astype(jnp.float32)
     return (lax.psum_scatter(wide, axes, scatter_dimension=1, tiled=True).astype(g.dtype),)
 
 
-_all_keys.defvjp(_all_keys_forward, _all_keys_backward)
+_gather_keys.defvjp(_gather_keys_forward, _gather_keys_backward)
 
 
 def in_zigzag[Tree](tree: Tree, rules: Rules) -> Tree:
     """Arrays `[B, T]` from natural order to that of the devices: the model's entrance."""
-    devices = parts(rules, "T")
+    devices = order_of(rules)
     if devices == 1:
         return tree
     return jax.tree.map(lambda x: to_zigzag(x, devices), tree)
@@ -247,6 +282,7 @@ def in_natural_order(x: Array, rules: Rules) -> Array:
 
     Every device has one chunk of even and one of odd number, so that two permutations do it.
     """
+    rules = by_query(rules)  # a device's chunks lie on the devices that share its queries
     axes, devices = axes_of(rules, "T"), parts(rules, "T")
     if devices == 1:
         return x

@@ -270,7 +270,7 @@ class Transformer(nnx.Module):
                 )
         _check_mode(self.config, mode, return_selection)
         spread.check_batch(tokens.shape, self.rules)
-        if spread.parts(self.rules, "T") > 1:
+        if spread.order_of(self.rules) > 1:
             _check_context(mode, cache)
         if cache is not None:
             if mode.indexer_loss is not None:

@@ -93,7 +93,7 @@ def test_sizes_that_do_not_divide_are_refused():
     mesh = make_mesh(MeshConfig(fsdp=8))
     with pytest.raises(ValueError, match=r"embed_tokens/weight: dimension D=52 does not divide"):
         param_specs(like, mesh)
-    param_specs(like, mesh, Rules(D=None))
+    param_specs(like, mesh, Rules(D=None, X=None))
 
 
 def test_unknown_parameter_is_named():

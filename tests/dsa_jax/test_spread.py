@@ -1,0 +1,74 @@
+"""Orders of tokens, sums of gradients, and what a mesh refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import jit
+
+from dsa_jax import spread
+from dsa_jax.sharding import MeshConfig, Rules, make_mesh
+
+RULES = Rules()
+
+
+def test_zigzag_by_hand():
+    x = jnp.arange(16)[None]
+    order = [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9]
+    assert spread.to_zigzag(x, 4)[0].tolist() == order
+    assert spread.from_zigzag(spread.to_zigzag(x, 4), 4)[0].tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("sizes", [{"context": 8}, {"context": 2, "tensor": 2}, {"tensor": 2}])
+def test_the_models_exit_undoes_its_entrance(sizes):
+    x = jnp.arange(2 * 32 * 3.0).reshape(2, 32, 3)
+
+    def there_and_back(x):
+        inside = spread.in_zigzag(x, RULES)
+        return inside, spread.in_natural_order(inside, RULES)
+
+    with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
+        inside, back = jax.jit(there_and_back)(x)
+    assert not np.array_equal(inside, x)
+    np.testing.assert_array_equal(back, x)
+
+
+def test_keys_gradients_are_summed_in_fp32():
+    """Eight devices' bf16 gradients: rounded once, after the sum."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, 64, 4)), jnp.bfloat16)
+    g = jnp.asarray(rng.standard_normal((8, 64, 4)), jnp.bfloat16)
+
+    def total(x):
+        def local(x, g):
+            keys = spread.all_keys(x, ("context",), 8)
+            return jax.lax.psum((keys * g).astype(jnp.float32).sum(), "context")
+
+        # The gradient of all keys that a device has is its row of g.
+        return spread.per_device(local, RULES, ("_ T _", "T _ _"), "")(x, g)
+
+    with jax.set_mesh(make_mesh(MeshConfig(context=8))):
+        found = jit(jax.grad(total))(x)
+    exact = spread.to_zigzag(g.astype(jnp.float32).sum(0)[None], 8)
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
+def test_without_a_mesh_nothing_happens():
+    assert spread.mesh_sizes() == {}
+    assert spread.per_device(sum, RULES, "B", "B") is sum
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, context=2))):
+        assert spread.mesh_sizes() == {"fsdp": 2, "context": 2}
+        assert spread.axes_of(RULES, "E") == ("context",)
+
+
+@pytest.mark.parametrize(
+    ("shape", "complaint"),
+    [
+        ((3, 16), r"B=3, which does not divide by mesh.data=2 x mesh.expert=2; choose a multiple"),
+        ((4, 10), r"T=10, .* mesh.context=2 x 2 .*choose a multiple of 4"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused(shape, complaint):
+    mesh = make_mesh(MeshConfig(data=2, expert=2, context=2))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=complaint):
+        spread.check_batch(shape, RULES)

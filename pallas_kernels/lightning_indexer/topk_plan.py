@@ -84,14 +84,15 @@ class Plan:
         return sum(-(-array.size // 4) * 4 for array in self.arrays.values())
 
 
-def sampled_vector(slot, vectors, plan: Plan):
+def sampled_vector(slot, vectors, plan: Plan, salt=0):
     """Which of a row's `vectors` the slot-th of a sample is: not the first, not the last.
 
-    Equal parts of the row give a piece each, from a place in it that a hash of its number picks.
+    Equal parts of the row give a piece each, from a place in it that a hash of its number and of
+    the salt picks.
     """
     pieces = plan.sample // (4 * _PIECE)
     piece, inner = slot // _PIECE, vectors - 2
     room = inner // pieces - (_PIECE - 1)
-    random = (piece + 1) * 0x9E3779B1
+    random = (piece + 1) * 0x9E3779B1 ^ salt
     random = ((random ^ (random >> 15)) * 0x85EBCA77) >> 16
     return 1 + piece * inner // pieces + (random * room >> 16) + slot % _PIECE

@@ -9,8 +9,9 @@ A row that fits the buffer goes through `fill` and `emit`; a longer one through
               the threshold rises above what was dropped;
     emit      at the end, the k best of the buffer are the answer.
 
-Should fewer than k reach the guess, the row is streamed once more without one: the first scores
-fill the buffer, NaN and all, and the threshold rises from there.
+Should fewer than k reach the guess, the row is sampled and streamed once more, and should fewer
+than k reach the second guess too, it is streamed without one: the first scores fill the buffer, NaN
+and all, and the threshold rises from there.
 
 The buffer is always in the order of the columns: appends and compactions number their elements by
 prefix sums, never by the order in which lanes arrive. So the k best, ties to the lower column, are
@@ -20,7 +21,8 @@ equals the k-th cannot win; the output ascends by itself; and every run gives th
 The guess decides how long a row takes, never what is selected. The sample is 64-byte pieces at
 random but fixed places, one from each of equal parts of the row, so neither order nor period of the
 scores misleads it. It is aimed five standard deviations low: of rows of independent scores less
-than one in a million is streamed twice.
+than one in a million is streamed twice. The places of the second sample follow from what the first
+stream found, so that no fixed set of places misleads both.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ _NAN = _NEGATIVE_INFINITY - 1
 _NAN_BITS = 0x7FC00000
 _LOADS = 4  # loads of a lane under way at once when a buffer is filled; more take registers
 _NOTHING = 0xFFFFFFFF  # -1 in the result
+_GUESSES = 2
 
 
 def select_row(
@@ -143,16 +146,17 @@ class _Row:
         lowest = block.constant(_NEGATIVE_INFINITY)
 
         def attempt(state):
-            guessed, threshold, _ = state
+            guesses, salt, _ = state
             block.barrier()  # the buffer and its totals may be in use still
-            block.when(guessed == 0, self.fill)
-            taken = block.select(guessed == 0, plan.capacity // 4, 0)
+            threshold = block.when(guesses > 0, functools.partial(self.guess, salt), lowest)
+            block.when(guesses == 0, self.fill)
+            taken = block.select(guesses == 0, plan.capacity // 4, 0)
             count = self.stream(self.first_vector + taken, taken * 4, threshold)
-            return count < plan.topk, (block.constant(0), lowest, count)
+            return count < plan.topk, (guesses - 1, threshold + count, count)
 
-        guessed = block.select(fits, 0, 1)
-        threshold = block.when(~fits, self.guess, lowest)
-        return block.repeat((guessed, threshold, block.constant(0)), attempt)[2]
+        guesses = block.select(fits, 0, _GUESSES)
+        zero = block.constant(0)
+        return block.repeat((guesses, zero, zero), attempt)[2]
 
     def prefetch(self, first, tiles: int):
         """Keeps the memory busy while the lanes are not loading: tiles from a vector on."""
@@ -160,12 +164,12 @@ class _Row:
         count = self.block.minimum(self.end_vector - first, tiles * self.plan.tile // 4)
         self.block.prefetch(self.scores, first, count)
 
-    def guess(self, lowest):
+    def guess(self, salt, lowest):
         """A threshold that more than K scores should reach, from a sample of the row."""
         block, plan = self.block, self.plan
         vectors = self.end_vector - self.first_vector
         slots = [block.thread + i for i in range(0, plan.sample // 4, plan.threads)]
-        places = [self.first_vector + sampled_vector(slot, vectors, plan) for slot in slots]
+        places = [self.first_vector + sampled_vector(slot, vectors, plan, salt) for slot in slots]
         scores = [self.load(place) for place in places]
         self.prefetch(self.first_vector, plan.ahead)  # behind the sample, which is waited for
         for slot, vector in zip(slots, scores, strict=True):
@@ -175,6 +179,7 @@ class _Row:
         enough = expected + (expected >> 2) + 28
         count = block.constant(plan.sample)
         cut = histogram.find_cut(block, self.workspace, self.keys, count, enough, spare=8)
+        block.barrier()  # the sample has been read
         # Below -inf only NaN is left, which no threshold lets pass.
         return block.maximum(block.select(cut.quota == 0, cut.above, cut.above - 1), lowest)
 

@@ -22,10 +22,14 @@ import jax
 rank, port, source, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(f"localhost:{port}", 2, rank)
 
-import numpy as np
 from convert import hf_to_orbax, orbax_to_demo, orbax_to_hf, ours, safetensors
+from convert.__main__ import main
+
+together = ["--distributed", "--coordinator", f"localhost:{port}", "--num-processes", "2"]
+together += ["--process-id", str(rank)]
+assert main(["hf-to-orbax", source, f"{folder}/bf16", "--dtype", "bf16", *together]) == 0
+assert jax.process_count() == 2
 
 ours._PIECE_BYTES = 1000
 read = written = 0
@@ -48,7 +52,6 @@ hf_to_orbax(source, f"{folder}/ours")
 orbax_to_hf(f"{folder}/ours", f"{folder}/hf", shard_bytes=200_000)
 print("bytes", read, written)
 orbax_to_demo(f"{folder}/ours", f"{folder}/demo", parallel=2)
-hf_to_orbax(source, f"{folder}/bf16", dtype="bf16")
 try:
     hf_to_orbax(source, f"{folder}/ours")
 except FileExistsError:

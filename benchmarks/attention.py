@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import device_time
+from benchmarks.timing import device_time, equal_runs, reference_jit
 from pallas_kernels import KeyRange
 from pallas_kernels.dense_attention import backward_sm90, forward_sm90, reference
 
@@ -24,12 +24,18 @@ def shapes(keys: int) -> dict[str, tuple[int, int, int, int, int]]:
     return found
 
 
+@functools.partial(jax.jit, static_argnums=range(5))
+def _normal(length: int, heads: int, width: int, value_width: int, seed: int):
+    key = jax.random.split(jax.random.key(seed), 3)
+    return [
+        jax.random.normal(some, (1, length, heads, columns), jnp.bfloat16)
+        for some, columns in zip(key, (width, width, value_width), strict=True)
+    ]
+
+
 def inputs(length: int, heads: int, width: int, value_width: int, documents: int, seed: int = 0):
     """Random q, k, v in bf16, and causal ranges of documents of uneven length."""
-    key = jax.random.split(jax.random.key(seed), 3)
-    q = jax.random.normal(key[0], (1, length, heads, width), jnp.bfloat16)
-    k = jax.random.normal(key[1], (1, length, heads, width), jnp.bfloat16)
-    v = jax.random.normal(key[2], (1, length, heads, value_width), jnp.bfloat16)
+    q, k, v = _normal(length, heads, width, value_width, seed)
     if documents == 1:
         return q, k, v, KeyRange.causal(1, length)
     cuts = np.random.default_rng(seed).choice(length, documents - 1, replace=False)
@@ -56,24 +62,21 @@ def check_forward(q, k, v, ranges, scale: float, rows: int = 128, heads: int = 2
     rng = np.random.default_rng(1)
     pick = np.sort(rng.choice(q.shape[1], min(rows, q.shape[1]), replace=False))
     some = np.sort(rng.choice(q.shape[2], heads, replace=False))
-    with jax.default_matmul_precision("highest"):
-        want, want_lse = reference.forward(
-            q[:, pick][:, :, some].astype(jnp.float32),
-            k[:, :, some].astype(jnp.float32),
-            v[:, :, some].astype(jnp.float32),
-            KeyRange(ranges.start[:, pick], ranges.end[:, pick]),
-            scale=scale,
-            workspace_bytes=2**31,
-        )
-    same = 0
-    for _ in range(20):
-        again = run()
-        same += bool(jnp.array_equal(again[0], out) & jnp.array_equal(again[1], lse))
+
+    @reference_jit
+    def reference_of(q, k, v, ranges):
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        return reference.forward(q, k, v, ranges, scale=scale, workspace_bytes=2**31)
+
+    want, want_lse = reference_of(
+        q[:, pick][:, :, some], k[:, :, some], v[:, :, some],
+        KeyRange(ranges.start[:, pick], ranges.end[:, pick]),
+    )  # fmt: skip
     return {
         "relative_error": _error(out[:, pick][:, :, some], want),
         "lse_error": float(jnp.abs(lse[:, pick][:, :, some] - want_lse).max()),
         "finite": bool(jnp.isfinite(out).all()),
-        "equal_runs": same,
+        "equal_runs": equal_runs(run, (out, lse)),
     }
 
 
@@ -111,16 +114,17 @@ def check_backward(documents: int = 3, length: int = 1000, heads: int = 2) -> di
         backward_sm90.gradients, q, k, v, ranges, out, lse, dout, dlse, scale=scale
     )
     found = run()
-    with jax.default_matmul_precision("highest"):
-        q, k, v, out, dout = (x.astype(jnp.float32) for x in (q, k, v, out, dout))
-        want = reference.backward(
-            q, k, v, ranges, out, lse, dout, dlse, scale=scale, workspace_bytes=2**30
+
+    @reference_jit
+    def reference_of(q, k, v, out, dout):
+        wide = [x.astype(jnp.float32) for x in (q, k, v, out, dout)]
+        return reference.backward(
+            *wide[:3], ranges, wide[3], lse, wide[4], dlse, scale=scale, workspace_bytes=2**30
         )
-    same = 0
-    for _ in range(20):
-        same += all(bool(jnp.array_equal(x, y)) for x, y in zip(run(), found, strict=True))
+
+    want = reference_of(q, k, v, out, dout)
     errors = [_error(x, y) for x, y in zip(found, want, strict=True)]
-    return {"relative_errors": errors, "equal_runs": same}
+    return {"relative_errors": errors, "equal_runs": equal_runs(run, found)}
 
 
 def backward(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:

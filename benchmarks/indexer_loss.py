@@ -1,23 +1,33 @@
-"""Times the warm-up loss and its gradient: `python -m benchmarks.ops indexer_kl_dense`."""
+"""Times the indexer's losses, value and gradient.
+
+python -m benchmarks.ops indexer_kl_dense indexer_kl_sparse --json FILE
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import device_time
-from pallas_kernels import KeyRange
+from benchmarks import sparse_attention
+from benchmarks.timing import compiled, device_time, equal_runs, reference_jit
+from pallas_kernels import KeyRange, Selection, indexer_kl_sparse
 from pallas_kernels.dense_attention import forward_sm90
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.indexer_loss import dense_sm90, reference
+from pallas_kernels.sparse_attention import backward_sm90
+from pallas_kernels.sparse_attention import forward_sm90 as sparse_forward_sm90
+from pallas_kernels.sparse_attention import reference as sparse_reference
 
 SCALE = 192**-0.5
 WORKSPACE_BYTES = 2**30
 
 
+@functools.partial(jax.jit, static_argnames=("length", "heads", "seed"))
 def inputs(length: int, heads: int = 128, seed: int = 0):
     """Random indexer and attention at the sizes of DeepSeek-V3.2, with lse of causal attention."""
     key = jax.random.split(jax.random.key(seed), 6)
@@ -51,23 +61,19 @@ def check(length: int = 1500, heads: int = 16) -> dict:
     jnp.full((2**28,), jnp.nan, jnp.float32).block_until_ready().delete()
     run = functools.partial(dense_sm90.run, *arguments, g, scale=SCALE, workspace_bytes=2**23)
     kl, gradient = run()
-    wide = [x.astype(jnp.float32) for x in arguments[:6]]
-    options = dict(scale=SCALE, workspace_bytes=2**30)
-    with jax.default_matmul_precision("highest"):
-        want = reference.dense_forward(*wide, ranges, **options)
-        want_gradient = reference.dense_backward(*wide, ranges, g, **options)
-    same = 0
-    for _ in range(20):
-        again = run()
-        same += all(
-            bool(jnp.array_equal(x, y))
-            for x, y in zip(jax.tree.leaves(again), jax.tree.leaves((kl, gradient)), strict=True)
-        )
+
+    @reference_jit
+    def reference_of(arrays, ranges, g):
+        wide = [x.astype(jnp.float32) for x in arrays]
+        options = dict(scale=SCALE, workspace_bytes=2**30)
+        return reference.dense_forward_and_backward(*wide, ranges, g, **options)
+
+    want, want_gradient = reference_of(arguments[:6], ranges, g)
     return {
         "kl_error": float(jnp.abs(kl - want).max()),
         "kl_mean": float(want.mean()),
         "gradient_errors": [_error(x, y) for x, y in zip(gradient, want_gradient, strict=True)],
-        "equal_runs": same,
+        "equal_runs": equal_runs(run, (kl, gradient)),
     }
 
 
@@ -95,3 +101,156 @@ def _dense(length: int) -> dict:
         "tflops": timing.tflops(flop(length)),
         "kernels": kernels,
     }
+
+
+class Sparse(NamedTuple):
+    """Arguments of the sparse stage's loss."""
+
+    iq: jax.Array
+    ik: jax.Array
+    iw: jax.Array
+    q: jax.Array
+    kv: jax.Array
+    lse: jax.Array  # 0 where inputs are made: the attention's own is to replace it
+    indices: jax.Array
+    g: jax.Array  # gradient of kl
+
+
+@functools.partial(jax.jit, static_argnames=("seed", "keys"))
+def _sparse_inputs(indices, *, keys: int, seed: int) -> Sparse:
+    key = jax.random.split(jax.random.key(seed), 6)
+    queries, a = indices.shape[1], sparse_attention
+
+    def normal(i, *shape):
+        return jax.random.normal(key[i], (1, *shape), jnp.bfloat16)
+
+    iq, ik = normal(0, queries, 64, 128), normal(1, keys, 128)
+    q, kv = normal(2, queries, a.N, a.C + a.R), normal(3, keys, a.C + a.R)
+    iw = jax.random.normal(key[4], (1, queries, 64)) / 64**0.5 / 128**0.5
+    g = jax.random.uniform(key[5], (1, queries), minval=0.5, maxval=1.5) / queries
+    lse = jnp.zeros(q.shape[:3], jnp.float32)
+    return Sparse(iq, ik, iw, q, kv, lse, indices, g)
+
+
+def _sparse_value(x: Sparse, implementation: Implementation):
+    return indexer_kl_sparse(
+        x.iq, x.ik, x.iw, x.q, x.kv, x.lse, Selection(x.indices),
+        scale=sparse_attention.SCALE, implementation=implementation,
+    )  # fmt: skip
+
+
+def _sparse_loss(x: Sparse, implementation: Implementation):
+    """`(kl, its gradients for iq, ik and iw)`."""
+
+    def kl(iq, ik, iw):
+        return _sparse_value(x._replace(iq=iq, ik=ik, iw=iw), implementation)
+
+    value, pull = jax.vjp(kl, x.iq, x.ik, x.iw)
+    return value, pull(x.g)
+
+
+@reference_jit
+def _sparse_lse(x: Sparse):
+    a = sparse_attention
+    wide = x.q.astype(jnp.float32), x.kv.astype(jnp.float32)
+    options = {"value_width": a.C, "scale": a.SCALE, "workspace_bytes": 2**31}
+    return sparse_reference.forward(*wide, x.indices, **options)[1]
+
+
+def check_sparse(queries: int = 64, keys: int = 8192) -> dict:
+    """As `check`, on queries with 0 to 2048 keys, some of them outside."""
+    rng = np.random.default_rng()
+    rows = sparse_attention.random_selections(rng, queries, keys, sparse_attention.K)
+    count = rng.integers(0, sparse_attention.K + 1, queries)
+    count[:4] = [0, 1, 64, sparse_attention.K]
+    rows = np.where(np.arange(sparse_attention.K) < count[:, None], rows, -1)
+    rows[0, 5, 7] = keys
+    x = _sparse_inputs(jnp.asarray(rows), keys=keys, seed=int(rng.integers(2**31)))
+    lse = _sparse_lse(x)
+    x = x._replace(iw=100 * x.iw, lse=lse)
+    jnp.full((2**28,), jnp.nan, jnp.float32).block_until_ready().delete()
+    run = jax.jit(functools.partial(_sparse_loss, implementation="mosaic"))
+    kl, gradient = run(x)
+
+    @reference_jit
+    def reference_of(x):
+        wide = {name: getattr(x, name).astype(jnp.float32) for name in ("iq", "ik", "q", "kv")}
+        return _sparse_loss(x._replace(**wide), "xla")
+
+    want, want_gradient = reference_of(x)
+    return {
+        "kl_error": float(jnp.abs(kl - want).max()),
+        "kl_mean": float(want.mean()),
+        "gradient_errors": [_error(a, b) for a, b in zip(gradient, want_gradient, strict=True)],
+        "equal_runs": equal_runs(lambda: run(x), (kl, gradient)),
+    }
+
+
+def sparse(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
+    """Value and gradient, at each number of keys; errors on a small shape."""
+    errors = check_sparse() if check_at else {}
+    for length in keys:
+        yield _sparse(length) | (errors if length in check_at else {})
+
+
+def _sparse(keys: int) -> dict:
+    a = sparse_attention
+    x = _selected_inputs(keys)
+    run = functools.partial(_sparse_loss, implementation="mosaic")
+    loss = device_time(run, x, repeats=4)
+    flop = 2.0 * a.T * a.K * (a.N * (a.C + a.R) + 3 * 64 * 128)
+    return {
+        "op": "indexer_kl_sparse",
+        "keys": keys,
+        "ms": round(loss.median_ms, 4),
+        "tflops": loss.tflops(flop),
+        "kernels": {name: round(ms, 3) for name, ms in loss.kernels.items() if ms > 0.02},
+    }
+
+
+def sparse_share(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
+    """What the loss adds to the attention it belongs to, forward and backward."""
+    del check_at
+    for length in keys:
+        yield _sparse_share(length)
+
+
+def _sparse_share(keys: int) -> dict:
+    a = sparse_attention
+    x = _selected_inputs(keys)
+    attend = functools.partial(sparse_forward_sm90.forward, value_width=a.C, scale=a.SCALE)
+    arguments = x.q, x.kv, x.indices
+    out, lse = jax.eval_shape(attend, *arguments)
+    pull = functools.partial(backward_sm90.backward, scale=a.SCALE)
+    loss, forward, backward = compiled(
+        [
+            (functools.partial(_sparse_loss, implementation="mosaic"), (x,)),
+            (attend, arguments),
+            (pull, (*arguments, out, lse, out, lse)),
+        ]
+    )
+    out, lse = forward(*arguments)
+    gradients = jnp.roll(out, 1, axis=1), jnp.zeros_like(lse)
+    times = [
+        device_time(fn, *some, repeats=4).median_ms
+        for fn, some in (
+            (loss, (x._replace(lse=lse),)),
+            (forward, arguments),
+            (backward, (*arguments, out, lse, *gradients)),
+        )
+    ]
+    names = ("loss_ms", "forward_ms", "backward_ms")
+    return {
+        "op": "indexer_kl_sparse of attention",
+        "keys": keys,
+        **{name: round(ms, 4) for name, ms in zip(names, times, strict=True)},
+        "of_attention": round(times[0] / (times[1] + times[2]), 4),
+    }
+
+
+def _selected_inputs(keys: int) -> Sparse:
+    """Of random selections; lse, which no time depends on, is about what attention gives."""
+    a = sparse_attention
+    rows = a.random_selections(np.random.default_rng(0), a.T, keys, a.K)
+    x = _sparse_inputs(jnp.asarray(rows), keys=keys, seed=0)
+    return x._replace(lse=jnp.full_like(x.lse, 9.1))

@@ -15,61 +15,66 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import sparse_attention as forward
 from benchmarks import timing
-from benchmarks.sparse_attention import SCALE, SELECTIONS, C, K, N, R, T, inputs, random_selections
+from benchmarks.sparse_attention import SCALE, SELECTIONS, C, K, N, R, T
 from pallas_kernels.sparse_attention import backward_sm90, forward_sm90, reference
 
 FLOP = 2 * T * N * K * (3 * (C + R) + 2 * C)
 
+backward = functools.partial(backward_sm90.backward, scale=SCALE)
 
-def gradients(q, kv, picked, dout, dlse, backward=backward_sm90.backward, **options):
-    """`(dq, dkv)` with out and lse from fp32."""
-    wide = q.astype(jnp.float32), kv.astype(jnp.float32)
-    out, lse = reference.forward(*wide, picked, value_width=C, scale=SCALE, workspace_bytes=2**31)
-    if backward is reference.backward:
-        q, kv, dout = *wide, dout.astype(jnp.float32)
-    out = out.astype(q.dtype)
-    return backward(q, kv, picked, out, lse, dout, dlse, scale=SCALE, **options)
+
+@forward.quick_jit
+def expected(q, kv, rows, out, lse, dout, dlse):
+    """`(dq, dkv)` in fp32, of the same bf16 inputs."""
+    q, kv, out, dout = (x.astype(jnp.float32) for x in (q, kv, out, dout))
+    options = {"scale": SCALE, "workspace_bytes": 2**31}
+    return reference.backward(q, kv, rows, out, lse, dout, dlse, **options)
+
+
+@jax.jit
+def errors(found, expected):
+    """Relative to the norm."""
+
+    def error(a, b):
+        return jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
+
+    return dict(zip(("dq", "dkv"), map(error, found, expected), strict=True))
 
 
 def check() -> list[dict]:
-    """Relative errors against fp32, and whether 20 repeats are bit-equal."""
+    """Relative errors against fp32, and how many of 20 repeats are bit-equal."""
     rng = np.random.default_rng()
     results = []
     for queries, heads, keys, selected in ((64, 128, 8192, 2048), (200, 64, 3000, 448)):
-        q, kv = inputs(rng, 1, queries, heads, keys)
-        picked = random_selections(rng, queries, keys, selected)
-        count = rng.integers(0, selected + 1, queries)
-        count[:4] = [0, 1, 64, selected]
-        picked = np.where(np.arange(selected) < count[:, None], picked, -1)
-        picked[0, 5, 7] = keys  # outside: to be ignored
-        picked = jnp.asarray(picked)
-        dout = jnp.asarray(rng.standard_normal((*q.shape[:3], C), np.float32), jnp.bfloat16)
-        dlse = jnp.asarray(rng.standard_normal(q.shape[:3], np.float32))
-        arguments = q, kv, picked, dout, dlse
-        found = gradients(*arguments)
-        expected = gradients(*arguments, reference.backward, workspace_bytes=2**31)
-        errors = {
-            name: float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
-            for name, a, b in zip(("dq", "dkv"), found, expected, strict=True)
-        }
-        again = (gradients(*arguments) for _ in range(20))
-        equal = all(jax.tree.all(jax.tree.map(jnp.array_equal, found, x)) for x in again)
+        q, kv = forward.inputs(rng, 1, queries, heads, keys)
+        picked = forward.random_selections(rng, queries, keys, selected)
+        picked = forward.ragged(rng, picked, keys)
+        dout, dlse = (
+            forward.normal(seed, (1, queries, heads, *width))
+            for seed, width in zip(rng.integers(2**31, size=2), ((C,), ()), strict=True)
+        )
+        out, lse = forward.expected(q, kv, picked)
+        arguments = q, kv, picked, out.astype(q.dtype), lse, dout, dlse.astype(jnp.float32)
+        found = backward(*arguments)
         shape = {"T": queries, "N": heads, "S": keys, "K": selected}
-        results.append({**shape, **errors, "bit_equal": bool(equal)})
+        found_errors = errors(found, expected(*arguments))
+        equal = forward.equal_runs(functools.partial(backward, *arguments), found)
+        of_each = {name: x.item() for name, x in found_errors.items()}
+        results.append({**shape, **of_each, "equal_runs": equal})
     return results
 
 
 def measure(keys: int, kind: str) -> dict:
     """The time of one kind of selections."""
     rng = np.random.default_rng(0)
-    q, kv = inputs(rng, 1, T, N, keys)
+    q, kv = forward.inputs(rng, 1, T, N, keys)
     selected = jnp.asarray(SELECTIONS[kind](rng, T, keys, K))
-    dout = jnp.asarray(rng.standard_normal((1, T, N, C), np.float32), jnp.bfloat16)
+    dout = forward.normal(1, (1, T, N, C))
     out, lse = forward_sm90.forward(q, kv, selected, value_width=C, scale=SCALE)
-    run = functools.partial(backward_sm90.backward, scale=SCALE)
     arguments = q, kv, selected, out, lse, dout, jnp.zeros_like(lse)
-    time = timing.device_time(run, *arguments, repeats=10)
+    time = timing.device_time(backward, *arguments, repeats=10)
     largest = sorted(time.kernels.items(), key=lambda item: -item[1])[:6]
     return {
         "op": "sparse_attention_grad",

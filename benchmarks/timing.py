@@ -7,13 +7,14 @@ without that its power limit slows whatever runs for more than some ten millisec
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -48,7 +49,8 @@ class _Cold(jax.stages.Wrapped):
     """
 
     def __init__(self, fn: Callable[..., Any]):
-        self.fn = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
+        ready = isinstance(fn, jax.stages.Wrapped | jax.stages.Compiled)
+        self.fn: Any = fn if ready else jax.jit(fn)
         self.flush = jax.jit(jax.lax.population_count)
         self.buffer = jnp.zeros((_FLUSH_BYTES // 4,), jnp.int32)
 
@@ -68,7 +70,7 @@ def device_time(fn: Callable[..., Any], *args: Any, repeats: int = 20) -> Timing
     """Times `fn(*args)` on the GPU.
 
     Args:
-        fn: a function of arrays; it is jitted here unless it is already.
+        fn: a function of arrays; it is jitted here unless it is already, or compiled.
         *args: its inputs, already on the device.
         repeats: how many cold runs to take the median of; at least 2.
     """
@@ -101,6 +103,38 @@ def _kernels(fn: Callable[..., Any], *args: Any, repeats: int = 2) -> Runs:
     if timings is None or None in timings:
         raise RuntimeError("CUPTI saw no kernel: device_time needs an NVIDIA GPU")
     return cast(Runs, timings)
+
+
+def compiled(calls: Sequence[tuple[Callable[..., Any], tuple]]) -> list[Callable[..., Any]]:
+    """Functions compiled for their arguments, side by side: that takes longer than their runs."""
+
+    def compile_one(call):
+        fn, args = call
+        return jax.jit(fn).lower(*args).compile()
+
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(compile_one, calls))
+
+
+def reference_jit(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` jitted for a check: its matmuls are taken as they come, without a search for fast ones.
+
+    On a GPU the search takes longer than all else that a check does.
+    """
+    options = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+    return jax.jit(fn, compiler_options=options)
+
+
+@jax.jit
+def _equal(found, again):
+    return jnp.stack(
+        [jnp.array_equal(*xs) for xs in zip(*map(jax.tree.leaves, (found, again)), strict=True)]
+    ).all()
+
+
+def equal_runs(run: Callable[[], Any], found: Any, runs: int = 20) -> int:
+    """How many of so many runs give the bits of `found`."""
+    return sum(bool(_equal(found, run())) for _ in range(runs))
 
 
 @functools.cache

@@ -41,8 +41,8 @@ _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
 
 
 class _Scratch(NamedTuple):
-    k: Any  # [consumers, chunks, 64, 64]: keys, then their gradient
-    v: Any  # [consumers, chunks, 64, 64]: values, then theirs
+    k: Any  # [consumers x chunks, 64, 64]: keys, then their gradient
+    v: Any  # [consumers x chunks, 64, 64]: values, then theirs
     q: Any  # [stages, 64, P+R]
     dout: Any  # [stages, 64, V]
     lse: Any  # [stages, 64]
@@ -71,7 +71,7 @@ def gradient(q, k, v, ranges: KeyRange, lse, delta, dout, *, scale: float, inter
     problem = _Problem(
         heads, pl.cdiv(keys, BLOCK), key_chunks, value_chunks, scale, interpret is not None
     )
-    own = (CONSUMERS, key_chunks, ROWS, CHUNK), (CONSUMERS, value_chunks, ROWS, CHUNK)
+    own = [(CONSUMERS * chunks, ROWS, CHUNK) for chunks in (key_chunks, value_chunks)]
     scratch = _Scratch(
         k=plgpu.SMEM(own[0], q.dtype, transforms=SWIZZLED),
         v=plgpu.SMEM(own[1], q.dtype, transforms=SWIZZLED),
@@ -82,7 +82,7 @@ def gradient(q, k, v, ranges: KeyRange, lse, delta, dout, *, scale: float, inter
         own_full=plgpu.Barrier(num_arrivals=key_chunks + value_chunks, num_barriers=CONSUMERS),
         full=plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
         free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
-        turn=plgpu.Barrier(num_arrivals=CONSUMERS),
+        turn=plgpu.Barrier(num_barriers=CONSUMERS),
     )
     return plgpu.kernel(
         functools.partial(_body, problem),
@@ -121,7 +121,7 @@ def _body(p: _Problem, q, k, v, dout, lse, delta, start, end, *refs, **scratch):
         plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
         key = block * BLOCK + warpgroup * ROWS
         parts = [
-            (array, gradient, ref.at[warpgroup, i], pl.ds(i * CHUNK, CHUNK))
+            (array, gradient, ref.at[warpgroup * chunks + i], pl.ds(i * CHUNK, CHUNK))
             for array, gradient, ref, chunks in (
                 (k, dk, smem.k, p.key_chunks),
                 (v, dv, smem.v, p.value_chunks),
@@ -177,9 +177,8 @@ def _consume(p: _Problem, warpgroup, key, count, queries, smem: _Scratch):
     shape = (ROWS, TILE)
     column = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
-    def hand_over():
-        plgpu.barrier_arrive(smem.turn)
-        plgpu.barrier_wait(smem.turn)
+    def zeros(columns):
+        return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
 
     def tall(x):
         return lax.broadcast_in_dim(x, shape, [1])
@@ -191,7 +190,10 @@ def _consume(p: _Problem, warpgroup, key, count, queries, smem: _Scratch):
 
     def products(own, streamed, slot, chunks):
         return [
-            (own.at[warpgroup, i], streamed.at[slot, :, pl.ds(i * CHUNK, CHUNK)].T)
+            (
+                own.at[warpgroup * chunks + i],
+                streamed.at[slot, :, pl.ds(i * CHUNK, CHUNK)].T,
+            )
             for i in range(chunks)
         ]
 
@@ -199,25 +201,25 @@ def _consume(p: _Problem, warpgroup, key, count, queries, smem: _Scratch):
         slot = lax.rem(j, STAGES)
         plgpu.barrier_wait(smem.full.at[slot])
         whole, start, end = queries(j)
-        scores = multiply(shape, products(smem.k, smem.q, slot, p.key_chunks), p.interpret)
+        plgpu.barrier_wait(smem.turn.at[warpgroup])
+        steps = [
+            *products(smem.k, smem.q, slot, p.key_chunks),
+            functools.partial(plgpu.barrier_arrive, smem.turn.at[1 - warpgroup]),
+        ]
+        scores = multiply(shape, steps, p.interpret)
         scores = lax.cond(whole, lambda x: x, lambda x: mask(x, start, end), scores)
         weights = jnp.exp2(scores * (p.scale * LOG2E) - tall(column(smem.lse.at[slot])))
-        steps = [*products(smem.v, smem.dout, slot, p.value_chunks), hand_over]
-        dweights = multiply(shape, steps, p.interpret)
-        dscores = weights * (dweights - tall(column(smem.delta.at[slot])))
-        weights, dscores = weights.astype(jnp.bfloat16), dscores.astype(jnp.bfloat16)
-        weights, dscores, *totals = lax.optimization_barrier((weights, dscores, *totals))
-        hand_over()
+        weights, *totals = lax.optimization_barrier((weights.astype(jnp.bfloat16), *totals))
+        dweights = multiply(shape, products(smem.v, smem.dout, slot, p.value_chunks), p.interpret)
+        dscores = weights.astype(jnp.float32) * (dweights - tall(column(smem.delta.at[slot])))
+        dscores = dscores.astype(jnp.bfloat16)
         added = [Product(0, dscores, smem.q.at[slot]), Product(1, weights, smem.dout.at[slot])]
         totals = multiply_add(totals, added, p.interpret)
         plgpu.barrier_arrive(smem.free.at[slot])
         return tuple(totals)
 
-    zeros = tuple(
-        plgpu.layout_cast(jnp.zeros((ROWS, chunks * CHUNK), jnp.float32), plgpu.Layout.WGMMA)
-        for chunks in (p.key_chunks, p.value_chunks)
-    )
-    pl.when(warpgroup == 1)(hand_over)
-    totals = lax.fori_loop(0, count, step, zeros)
-    pl.when(warpgroup == 0)(hand_over)
+    start = tuple(zeros(chunks * CHUNK) for chunks in (p.key_chunks, p.value_chunks))
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(smem.turn.at[0]))
+    totals = lax.fori_loop(0, count, step, start)
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(smem.turn.at[0]))
     return totals

@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense_attention import key_tiles
 from pallas_kernels.hopper.tiles import CHUNK, LOG2E, SWIZZLED
-from pallas_kernels.hopper.wgmma import Product, multiply, multiply_add
+from pallas_kernels.hopper.wgmma import Product, multiply_add
 from pallas_kernels.types import KeyRange
 
 ROWS = 64  # queries of a consumer
@@ -39,7 +39,7 @@ _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
 
 
 class _Scratch(NamedTuple):
-    q: Any  # [consumers, chunks, 64, 64]: queries, then their gradient
+    q: Any  # [consumers x chunks, 64, 64]: queries, then their gradient
     dout: Any  # [consumers, 64, V]
     k: Any  # [stages, 64, P+R]
     v: Any  # [stages, 64, V]
@@ -87,7 +87,7 @@ def gradient(q, k, v, ranges: KeyRange, lse, delta, dout, *, scale: float, inter
             full = smem.own_full.at[warpgroup]
             for i in range(chunks):
                 some = q.at[batch, rows, head, pl.ds(i * CHUNK, CHUNK)]
-                plgpu.copy_gmem_to_smem(some, smem.q.at[warpgroup, i], full)
+                plgpu.copy_gmem_to_smem(some, smem.q.at[warpgroup * chunks + i], full)
             plgpu.copy_gmem_to_smem(dout.at[batch, rows, head], smem.dout.at[warpgroup], full)
             row = functools.partial(
                 plgpu.load, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
@@ -102,22 +102,22 @@ def gradient(q, k, v, ranges: KeyRange, lse, delta, dout, *, scale: float, inter
             total = _consume(warpgroup, of_rows, work, smem, chunks, to_log2, interpret is not None)
             for i in range(chunks):
                 part = total[:, i * CHUNK : (i + 1) * CHUNK] * scale
-                smem.q.at[warpgroup, i][...] = part.astype(q.dtype)
+                smem.q.at[warpgroup * chunks + i][...] = part.astype(q.dtype)
             plgpu.commit_smem()
             for i in range(chunks):
                 some = dq.at[batch, rows, head, pl.ds(i * CHUNK, CHUNK)]
-                plgpu.copy_smem_to_gmem(smem.q.at[warpgroup, i], some)
+                plgpu.copy_smem_to_gmem(smem.q.at[warpgroup * chunks + i], some)
             plgpu.wait_smem_to_gmem(0)
 
     scratch = _Scratch(
-        q=plgpu.SMEM((CONSUMERS, chunks, ROWS, CHUNK), q.dtype, transforms=SWIZZLED),
+        q=plgpu.SMEM((CONSUMERS * chunks, ROWS, CHUNK), q.dtype, transforms=SWIZZLED),
         dout=plgpu.SMEM((CONSUMERS, ROWS, value_width), q.dtype, transforms=SWIZZLED),
         k=plgpu.SMEM((STAGES, TILE, width), q.dtype, transforms=SWIZZLED),
         v=plgpu.SMEM((STAGES, TILE, value_width), q.dtype, transforms=SWIZZLED),
         own_full=plgpu.Barrier(num_arrivals=chunks + 1, num_barriers=CONSUMERS),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
-        turn=plgpu.Barrier(num_arrivals=CONSUMERS),
+        turn=plgpu.Barrier(num_barriers=CONSUMERS),
     )
     return plgpu.kernel(
         body,
@@ -161,9 +161,8 @@ def _consume(warpgroup, rows: _OfRows, work, smem: _Scratch, chunks, to_log2, in
     """`sum_s dS k` of a consumer's queries: f32 [64, P+R]."""
     shape = (ROWS, TILE)
 
-    def hand_over():
-        plgpu.barrier_arrive(smem.turn)
-        plgpu.barrier_wait(smem.turn)
+    def zeros(columns):
+        return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
 
     def wide(x):
         return lax.broadcast_in_dim(x, shape, [0])
@@ -171,11 +170,18 @@ def _consume(warpgroup, rows: _OfRows, work, smem: _Scratch, chunks, to_log2, in
     def step(j, total):
         slot = lax.rem(j, STAGES)
         plgpu.barrier_wait(smem.full.at[slot])
-        products = [
-            (smem.q.at[warpgroup, i], smem.k.at[slot, :, pl.ds(i * CHUNK, CHUNK)].T)
+        plgpu.barrier_wait(smem.turn.at[warpgroup])
+        steps = [
+            Product(
+                0, smem.q.at[warpgroup * chunks + i], smem.k.at[slot, :, pl.ds(i * CHUNK, CHUNK)].T
+            )
             for i in range(chunks)
         ]
-        scores = multiply(shape, products, interpret)
+        steps += [
+            Product(1, smem.dout.at[warpgroup], smem.v.at[slot].T),
+            functools.partial(plgpu.barrier_arrive, smem.turn.at[1 - warpgroup]),
+        ]
+        scores, dweights = multiply_add([zeros(TILE)] * 2, steps, interpret)
         key = (work.first + j) * TILE
         scores = lax.cond(
             work.whole(j),
@@ -184,17 +190,12 @@ def _consume(warpgroup, rows: _OfRows, work, smem: _Scratch, chunks, to_log2, in
             scores,
         )
         weights = jnp.exp2(scores * to_log2 - wide(rows.lse))
-        factors = (smem.dout.at[warpgroup], smem.v.at[slot].T)
-        dweights = multiply(shape, [factors, hand_over], interpret)
         dscores = (weights * (dweights - wide(rows.delta))).astype(jnp.bfloat16)
-        dscores, total = lax.optimization_barrier((dscores, total))
-        hand_over()
         [total] = multiply_add([total], [Product(0, dscores, smem.k.at[slot])], interpret)
         plgpu.barrier_arrive(smem.free.at[slot])
         return total
 
-    zeros = jnp.zeros((ROWS, chunks * CHUNK), jnp.float32)
-    pl.when(warpgroup == 1)(hand_over)
-    total = lax.fori_loop(0, work.count, step, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
-    pl.when(warpgroup == 0)(hand_over)
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(smem.turn.at[0]))
+    total = lax.fori_loop(0, work.count, step, zeros(chunks * CHUNK))
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(smem.turn.at[0]))
     return total

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import checks
 from pallas_kernels.dispatch import Implementation, choose
-from pallas_kernels.indexer_loss import dense_sm90, reference
+from pallas_kernels.indexer_loss import dense_sm90, reference, sparse_sm90
 from pallas_kernels.tiling import WORKSPACE_BYTES, vary_like
 from pallas_kernels.types import KeyRange, Selection
 
@@ -20,7 +20,12 @@ _DENSE = {
     "mosaic": (dense_sm90.forward, dense_sm90.backward),
 }
 _DENSE_AT_ONCE = {"xla": reference.dense_forward_and_backward, "mosaic": dense_sm90.run}
-_SPARSE = {"xla": (reference.sparse_forward, reference.sparse_backward)}
+# What keeps for the backward what it needs, and the backward of that.
+_SPARSE = {"xla": reference.sparse_forward, "mosaic": sparse_sm90.forward}
+_SPARSE_GRADIENT = {
+    "xla": (reference.sparse_forward_for_backward, reference.sparse_backward),
+    "mosaic": (sparse_sm90.forward_for_backward, sparse_sm90.backward),
+}
 
 
 def indexer_kl_dense(
@@ -138,8 +143,8 @@ def indexer_kl_sparse(
         kl[t]      = sum_s p[t, s] (log p[t, s] - log softmax_{s selected}(score[t])[s])
 
     A is the softmax over the selection, head by head: lse must be that of `sparse_attention`, not
-    of dense attention. The gradient goes to iq, ik and iw only; on CPU it is bit-equal between
-    runs.
+    of dense attention. The gradient goes to iq, ik and iw only; it is bit-equal between runs but
+    for the XLA implementation on a GPU.
 
     Args:
         iq: indexer queries, bf16 or fp32.
@@ -173,7 +178,8 @@ def indexer_kl_sparse(
     checks.shapes(op, arrays)
     _check_indexer(op, iq, ik, iw, lse)
     checks.dtype(op, checks.FLOATS, q=q, kv=kv)
-    config = _config(op, scale, workspace_bytes, implementation, "this op has no Mosaic kernel yet")
+    unsupported = sparse_sm90.unsupported(iq, ik, q, kv)
+    config = _config(op, scale, workspace_bytes, implementation, unsupported)
     arguments = (iq, ik, iw, *jax.lax.stop_gradient((q, kv, lse)), selection.indices)
     return _sparse(*vary_like(arguments, arguments), config)
 
@@ -264,22 +270,23 @@ _dense_loss = jax.custom_vjp(_run_dense_loss, nondiff_argnums=(8,))
 _dense_loss.defvjp(_dense_loss_forward, _dense_loss_backward)
 
 
+def _options(config: _Config):
+    return {"scale": config.scale, "workspace_bytes": config.workspace_bytes}
+
+
 def _run_sparse(iq, ik, iw, q, kv, lse, indices, config: _Config):
-    forward, _ = _SPARSE[config.implementation]
-    return forward(
-        iq, ik, iw, q, kv, lse, indices, scale=config.scale, workspace_bytes=config.workspace_bytes
-    )
+    run = _SPARSE[config.implementation]
+    return run(iq, ik, iw, q, kv, lse, indices, **_options(config))
 
 
 def _sparse_forward(iq, ik, iw, q, kv, lse, indices, config):
-    return _run_sparse(iq, ik, iw, q, kv, lse, indices, config), (iq, ik, iw, q, kv, lse, indices)
+    run, _ = _SPARSE_GRADIENT[config.implementation]
+    return run(iq, ik, iw, q, kv, lse, indices, **_options(config))
 
 
 def _sparse_backward(config, residuals, g):
-    _, backward = _SPARSE[config.implementation]
-    diq, dik, diw = backward(
-        *residuals, g, scale=config.scale, workspace_bytes=config.workspace_bytes
-    )
+    _, backward = _SPARSE_GRADIENT[config.implementation]
+    diq, dik, diw = backward(residuals, g, **_options(config))
     return diq, dik, diw, None, None, None, None
 
 

@@ -20,7 +20,6 @@ from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.indexer_loss import gradient_sm90, target_sm90
 from pallas_kernels.indexer_loss.target_sm90 import PAIR
 from pallas_kernels.lightning_indexer import scores_operands, scores_sm90
-from pallas_kernels.numerics import softmax
 from pallas_kernels.tiling import vary_like
 from pallas_kernels.types import KeyRange
 
@@ -164,7 +163,7 @@ def _window(sizes: _Sizes, x: _Arrays, dik, some: scores_sm90.Window):
     ranges = KeyRange(
         *(lax.dynamic_slice_in_dim(bound, first, window, 1) for bound in (x.rows.start, x.rows.end))
     )
-    _, _, scores_lse = softmax(scores, ranges.mask(keys))
+    scores_lse = _log_sum_exp(jnp.where(ranges.mask(keys), scores, -jnp.inf))
     parts, d = target_sm90.window(first, x.q, x.k, x.lse, scores, scores_lse, x.rows, sizes.target)
     kl = jnp.where(_live_tiles(x.rows, first, window, keys), parts, 0.0).sum(axis=1)
     if d is None:
@@ -172,6 +171,19 @@ def _window(sizes: _Sizes, x: _Arrays, dik, some: scores_sm90.Window):
     inputs = (first, x.iq, x.ik, x.iw, d, x.live, sizes.gradient)
     diq, diw = gradient_sm90.of_queries(*inputs)
     return dik + gradient_sm90.of_keys(*inputs).sum(axis=1), (kl, diq, diw)
+
+
+def _log_sum_exp(x):
+    """Over the last axis, in one pass: `[B, T]`; -inf where all is."""
+
+    def add(a, b):
+        top = jnp.maximum(a[0], b[0])
+        finite = jnp.where(top == -jnp.inf, 0.0, top)
+        return top, a[1] * jnp.exp(a[0] - finite) + b[1] * jnp.exp(b[0] - finite)
+
+    start = jnp.float32(-jnp.inf), jnp.float32(0)
+    top, total = lax.reduce((x, jnp.ones_like(x)), start, add, (x.ndim - 1,))
+    return top + jnp.log(total)
 
 
 def _window_queries(batch: int, queries: int, keys: int, workspace_bytes: int) -> int:

@@ -102,7 +102,7 @@ def of_queries(first, iq, ik, iw, d, live: Live, problem: Problem):
             iq_full=plgpu.Barrier(num_barriers=CONSUMERS),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
-            turn=plgpu.Barrier(num_arrivals=CONSUMERS),
+            turn=plgpu.Barrier(num_barriers=CONSUMERS),
         )._asdict(),
         grid=(p.batch * p.queries // CONSUMERS,),
         grid_names=("cta",),
@@ -176,36 +176,56 @@ def _queries_body(p: Problem, first, iq, ik, iw, d, /, *refs, **scratch):
         plgpu.wait_smem_to_gmem(0)
 
 
-def _hand_over(turn):
-    plgpu.barrier_arrive(turn)
-    plgpu.barrier_wait(turn)
+def _take_turns(turn, warpgroup, work):
+    """`work()` between waiting for this consumer's turn to multiply and giving it to the other."""
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+    result = work(
+        functools.partial(plgpu.barrier_wait, turn.at[warpgroup]),
+        functools.partial(plgpu.barrier_arrive, turn.at[1 - warpgroup]),
+    )
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+    return result
+
+
+def _zeros(*shape):
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
 def _sum_keys(p: Problem, warpgroup, count, smem: _QueriesScratch):
     """u of a query: f32 [64, H]."""
     interpret = p.interpret is not None
-    hand_over = functools.partial(_hand_over, smem.turn)
+    own = smem.iq.at[warpgroup]
 
-    def tile(step, total):
+    def arrival(step):
+        pl.when(step < count)(lambda: plgpu.barrier_wait(smem.full.at[lax.rem(step, STAGES)]))
+
+    def tile(wait, hand_over, step, carry):
+        total, dots = carry
         slot = lax.rem(step, STAGES)
-        factors = (smem.iq.at[warpgroup], smem.ik.at[slot].T)
-        wait = functools.partial(plgpu.barrier_wait, smem.full.at[slot])
-        dots = multiply((HEADS, TILE), [wait, factors, hand_over], interpret)
+        # After the last tile it is multiplied once more, for nobody.
+        following = lax.rem(jnp.minimum(step + 1, count - 1), STAGES)
         column = plgpu.Layout.WGMMA.reduce(0)
         d = plgpu.load(smem.d.at[slot, warpgroup], layout=column, optimized=False)
         d = lax.broadcast_in_dim(d.astype(jnp.float32), dots.shape, [1])
         masked = jnp.where(dots > 0, d, 0.0).astype(jnp.bfloat16)
-        masked, total = lax.optimization_barrier((masked, total))
-        hand_over()
-        [total] = multiply_add([total], [Product(0, masked, smem.ik.at[slot])], interpret)
+        arrival(step + 1)
+        wait()
+        products = [
+            Product(0, masked, smem.ik.at[slot]),
+            Product(1, own, smem.ik.at[following].T),
+            hand_over,
+        ]
+        total, dots = multiply_add([total, _zeros(HEADS, TILE)], products, interpret)
         plgpu.barrier_arrive(smem.free.at[slot])
-        return total
+        return total, dots
 
-    zeros = plgpu.layout_cast(jnp.zeros((HEADS, p.width), jnp.float32), plgpu.Layout.WGMMA)
-    pl.when(warpgroup == 1)(hand_over)
-    total = lax.fori_loop(0, count, tile, zeros)
-    pl.when(warpgroup == 0)(hand_over)
-    return total
+    def tiles(wait, hand_over):
+        arrival(0)
+        dots = multiply((HEADS, TILE), [(own, smem.ik.at[0].T)], interpret)
+        body = functools.partial(tile, wait, hand_over)
+        return lax.fori_loop(0, count, body, (_zeros(HEADS, p.width), dots))[0]
+
+    return _take_turns(smem.turn, warpgroup, tiles)
 
 
 def of_keys(first, iq, ik, iw, d, live: Live, problem: Problem):
@@ -226,7 +246,7 @@ def of_keys(first, iq, ik, iw, d, live: Live, problem: Problem):
             ik_full=plgpu.Barrier(num_barriers=CONSUMERS),
             full=plgpu.Barrier(num_arrivals=3, num_barriers=KEYS_STAGES),
             free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=KEYS_STAGES),
-            turn=plgpu.Barrier(num_arrivals=CONSUMERS),
+            turn=plgpu.Barrier(num_barriers=CONSUMERS),
         )._asdict(),
         grid=(p.batch * p.parts * (p.keys // TILE),),
         grid_names=("cta",),
@@ -304,29 +324,33 @@ def _keys_body(p: Problem, first, iq, ik, iw, d, /, *refs, **scratch):
             ik.at[batch, keys], smem.ik.at[warpgroup], smem.ik_full.at[warpgroup]
         )
         plgpu.barrier_wait(smem.ik_full.at[warpgroup])
-        total = _sum_queries(p, warpgroup, over_queries, smem)
+        count, _ = over_queries(lambda *_: None, None)
+        total = _sum_queries(p, warpgroup, count, smem)
         smem.dik.at[warpgroup][...] = total
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem.dik.at[warpgroup], dik.at[batch, part, keys])
         plgpu.wait_smem_to_gmem(0)
 
 
-def _sum_queries(p: Problem, warpgroup, over_queries, smem: _KeysScratch):
+def _sum_queries(p: Problem, warpgroup, count, smem: _KeysScratch):
     """A consumer's part of dik: f32 [64, H]."""
     interpret = p.interpret is not None
-    hand_over = functools.partial(_hand_over, smem.turn)
     row, column = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
+    own = smem.ik.at[warpgroup]
+    keys = pl.ds(warpgroup * 64, 64)
 
-    def tokens(step, _, total):
+    def arrival(step):
+        pl.when(step < count)(lambda: plgpu.barrier_wait(smem.full.at[lax.rem(step, KEYS_STAGES)]))
+
+    def tokens(wait, hand_over, step, carry):
+        total, dots = carry
         slot = lax.rem(step, KEYS_STAGES)
-        factors = (smem.ik.at[warpgroup], smem.iq.at[slot].T)
-        wait = functools.partial(plgpu.barrier_wait, smem.full.at[slot])
-        dots = multiply((64, 2 * HEADS), [wait, factors, hand_over], interpret)
+        # After the last queries they are multiplied once more, for nobody.
+        following = lax.rem(jnp.minimum(step + 1, count - 1), KEYS_STAGES)
         masked = []
         for token in range(2):
             heads = slice(token * HEADS, (token + 1) * HEADS)
             some = dots[:, heads]
-            keys = pl.ds(warpgroup * 64, 64)
             d = plgpu.load(smem.d.at[slot, token, keys], layout=row, optimized=False)
             weight = plgpu.load(
                 smem.iw.at[slot, pl.ds(token * HEADS, HEADS)], layout=column, optimized=False
@@ -335,18 +359,21 @@ def _sum_queries(p: Problem, warpgroup, over_queries, smem: _KeysScratch):
                 d.astype(jnp.float32), some.shape, [0]
             ) * lax.broadcast_in_dim(weight, some.shape, [1])
             masked.append(jnp.where(some > 0, product, 0.0).astype(jnp.bfloat16))
-        masked, total = lax.optimization_barrier((masked, total))
-        hand_over()
+        arrival(step + 1)
+        wait()
         products = [
             Product(0, masked[token], smem.iq.at[slot, pl.ds(token * HEADS, HEADS)])
             for token in range(2)
         ]
-        [total] = multiply_add([total], products, interpret)
+        products += [Product(1, own, smem.iq.at[following].T), hand_over]
+        total, dots = multiply_add([total, _zeros(64, 2 * HEADS)], products, interpret)
         plgpu.barrier_arrive(smem.free.at[slot])
-        return total
+        return total, dots
 
-    zeros = plgpu.layout_cast(jnp.zeros((64, p.width), jnp.float32), plgpu.Layout.WGMMA)
-    pl.when(warpgroup == 1)(hand_over)
-    _, total = over_queries(tokens, zeros)
-    pl.when(warpgroup == 0)(hand_over)
-    return total
+    def all_queries(wait, hand_over):
+        arrival(0)
+        dots = multiply((64, 2 * HEADS), [(own, smem.iq.at[0].T)], interpret)
+        body = functools.partial(tokens, wait, hand_over)
+        return lax.fori_loop(0, count, body, (_zeros(64, p.width), dots))[0]
+
+    return _take_turns(smem.turn, warpgroup, all_queries)

@@ -21,13 +21,13 @@ from pallas_kernels.sparse_attention.reference import gather, scatter_add
 from pallas_kernels.types import KeyRange
 
 
-def _normalised(mass):
+def normalised(mass):
     """L1-normalises the heads' summed attention, `[B, T, S]`; a row of zeros stays zero."""
     total = mass.sum(axis=-1, keepdims=True)
     return mass / jnp.where(total == 0, 1.0, total)
 
 
-def _divergence(p, scores, visible):
+def divergence(p, scores, visible):
     """`kl [B, T]`."""
     _, _, lse = softmax(scores, visible)
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
@@ -36,8 +36,8 @@ def _divergence(p, scores, visible):
     return jnp.where(held, p * (log_p - (scores - lse)), 0.0).sum(axis=-1)
 
 
-def _scores_gradient(p, scores, visible):
-    """Gradient of `_divergence` for the scores, `[B, T, S]`; 0 outside the support."""
+def scores_gradient(p, scores, visible):
+    """Gradient of `divergence` for the scores, `[B, T, S]`; 0 outside the support."""
     weights, total, _ = softmax(scores, visible)
     # p sums to 1, or to 0 where no head put any mass: then kl is 0 whatever the scores.
     return weights / total * p.sum(axis=-1, keepdims=True) - p
@@ -53,13 +53,13 @@ def _dense_target(q, k, lse, visible, *, row, scale, heads):
         return softmax_from_lse(scores, visible[:, None], jnp.swapaxes(lse, 1, 2)).sum(axis=1)
 
     zeros = jnp.zeros(visible.shape, jnp.float32)
-    return _normalised(tiling.sum_over_heads(some_heads, heads, zeros, (q, lse)))
+    return normalised(tiling.sum_over_heads(some_heads, heads, zeros, (q, lse)))
 
 
 def _sparse_target(q, rows, lse, valid, *, scale):
     """p `[B, T, K]` of one block of queries over its own rows `[B, T, K, C+R]`."""
     scores = scale * einsum("BTND,BTKD->BTNK", q, rows)
-    return _normalised(softmax_from_lse(scores, valid[:, :, None], lse).sum(axis=2))
+    return normalised(softmax_from_lse(scores, valid[:, :, None], lse).sum(axis=2))
 
 
 def _dense_plan(iq, q, k, *, backward, workspace_bytes):
@@ -90,7 +90,7 @@ def dense_forward(iq, ik, iw, q, k, lse, ranges: KeyRange, *, scale: float, work
         iq, iw, q, lse, ranges = inputs
         visible = ranges.mask(keys)
         p = _dense_target(q, k, lse, visible, row=at.row, scale=scale, heads=blocks.heads)
-        return (), _divergence(p, score(iq, ik, iw), visible)
+        return (), divergence(p, score(iq, ik, iw), visible)
 
     return tiling.over_blocks(block, blocks, ik, (iq, iw, q, lse, ranges))[1]
 
@@ -107,7 +107,7 @@ def dense_backward(
         iq, iw, q, lse, ranges, g = inputs
         visible = ranges.mask(keys)
         p = _dense_target(q, k, lse, visible, row=at.row, scale=scale, heads=blocks.heads)
-        dscores = _scores_gradient(p, score(iq, ik, iw), visible)
+        dscores = scores_gradient(p, score(iq, ik, iw), visible)
         dscores *= jnp.where(at.fresh, g, 0.0)[..., None]
         diq, more, diw = score_gradient(iq, ik, iw, dscores)
         return dik + more, (diq.astype(iq.dtype), diw)
@@ -156,14 +156,20 @@ def sparse_forward(iq, ik, iw, q, kv, lse, indices, *, scale: float, workspace_b
         (ik, kv), (iq, iw, q, lse, indices) = own, inputs
         picked, valid = gather(kv, indices)
         p = _sparse_target(q, picked, lse, valid, scale=scale)
-        return (), _divergence(p, score(iq, gather(ik, indices)[0], iw), valid)
+        return (), divergence(p, score(iq, gather(ik, indices)[0], iw), valid)
 
     return tiling.over_blocks(block, blocks, (ik, kv), (iq, iw, q, lse, indices))[1]
 
 
+def sparse_forward_for_backward(*inputs, scale: float, workspace_bytes: int):
+    """`(kl [B, T], what the backward needs)`."""
+    return sparse_forward(*inputs, scale=scale, workspace_bytes=workspace_bytes), inputs
+
+
 @functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
-def sparse_backward(iq, ik, iw, q, kv, lse, indices, g, *, scale: float, workspace_bytes: int):
+def sparse_backward(inputs, g, *, scale: float, workspace_bytes: int):
     """Gradients of iq, ik and iw, given that of `kl`."""
+    iq, ik, iw, q, kv, lse, indices = inputs
     blocks = _sparse_plan(iq, ik, q, indices, backward=True, workspace_bytes=workspace_bytes)
 
     def block(dik, own, inputs, at):
@@ -172,7 +178,7 @@ def sparse_backward(iq, ik, iw, q, kv, lse, indices, g, *, scale: float, workspa
         picked, valid = gather(kv, indices)
         p = _sparse_target(q, picked, lse, valid, scale=scale)
         keys = gather(ik, indices)[0]
-        dscores = g[..., None] * _scores_gradient(p, score(iq, keys, iw), valid)
+        dscores = g[..., None] * scores_gradient(p, score(iq, keys, iw), valid)
         diq, dkeys, diw = score_gradient(iq, keys, iw, dscores)
         return scatter_add(dik, indices, dkeys), (diq.astype(iq.dtype), diw)
 

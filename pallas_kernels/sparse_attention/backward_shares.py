@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -31,9 +32,8 @@ def next_slot(slot, slots: int):
     return jnp.where(slot == slots - 1, 0, slot + 1)
 
 
-def strided_loop(total, body, carry, *, axis: str, ctas: int):
-    """`carry = body(i, carry)` for every i below total that falls to this CTA of a grid axis."""
-    mine = lax.axis_index(axis)
+def strided_loop(total, body, carry, *, mine, ctas):
+    """`carry = body(i, carry)` for every i below total that falls to the CTA `mine` of so many."""
     count = lax.div(total - 1 - mine + ctas, jnp.int32(ctas))
     return lax.fori_loop(0, count, lambda i, c: body(mine + i * ctas, c), carry)
 
@@ -58,12 +58,14 @@ def drain(freed, slot, filled, slots: int):
 
 @dataclasses.dataclass(frozen=True)
 class SharePlan:
-    """The static numbers of a call whose grid is shares of the columns and lanes of queries."""
+    """The static numbers of a kind of CTA whose grid is shares of the columns, lanes of queries."""
 
     width: int  # C + R
     tiles: int  # of 64 selected keys
     window: int  # queries of a call, at most
     total: int  # queries of all calls
+    heads: int  # 64 or 128
+    first_lane: int
     lanes: int  # CTAs of a share
     interpret: bool
 
@@ -80,4 +82,14 @@ class SharePlan:
     def for_each_query(self, first, body, carry):
         """`carry = body(query of the window, carry)` over this CTA's share of the window."""
         queries = jnp.minimum(self.window, self.total - first)
-        return strided_loop(queries, body, carry, axis="lane", ctas=self.lanes)
+        mine = lax.axis_index("lane") - self.first_lane
+        return strided_loop(queries, body, carry, mine=mine, ctas=self.lanes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """The SMEM of a CTA of either kind."""
+
+    by_head: Any  # bf16 [4, N, 64]: P or dS of a tile
+    columns: Any  # bf16 [4, 64, part]
+    out_tile: Any  # bf16 [2, 64, part]: what a warpgroup has computed, on its way out

@@ -1,10 +1,9 @@
 """The backward of sparse attention on Hopper, bit-equal between runs.
 
-Four kernels for a window of queries after another, as many as the workspace holds:
+Three kernels for a window of queries after another, as many as the workspace holds:
 
     weights_sm90    P and dS, [window, N, K] in bf16
-    dq_sm90         dQ = dS K
-    rows_sm90       for every query and selected key the row dS^T Q + P^T dO, in bf16
+    products_sm90   dQ = dS K, and for every query and selected key the row dS^T Q + P^T dO, in bf16
     sum_rows_sm90   dKV: the rows of each key added up in fp32, in the order of the queries
 
 Adding rows where they belong with atomics would take as long: a fp32 row costs 2.3 KB of atomic
@@ -23,12 +22,12 @@ from jax import lax
 
 from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.sparse_attention import (
-    dq_sm90,
     forward_sm90,
-    rows_sm90,
+    products_sm90,
     sum_rows_sm90,
     weights_sm90,
 )
+from pallas_kernels.sparse_attention.backward_lists import BLOCK, ascending, pairs_by_block
 from pallas_kernels.tiling import vary_like
 
 TILES = 128  # selected keys, of which the kernels take two tiles at a time
@@ -61,9 +60,8 @@ def gradients(
     """The gradients of q, and of kv in f32, with at most so many queries in a window."""
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
-    finite = jnp.isfinite(lse)
-    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
-    lse, delta = jnp.where(finite, lse * LOG2E, 0.0), jnp.where(finite, delta, 0.0)
+    finite = jnp.isfinite(lse)  # a query without keys gives no gradient, and takes none
+    lse, dlse = jnp.where(finite, lse * LOG2E, 0.0), jnp.where(finite, dlse, 0.0)
 
     # More than 128 heads are as many queries with the same keys.
     split = -(-heads // 128)
@@ -73,43 +71,50 @@ def gradients(
         x = jnp.pad(x, [(0, 0), (0, 0), (0, some * split - heads)] + [(0, 0)] * (x.ndim - 3))
         return x.reshape(batch * queries * split, some, *x.shape[3:])
 
-    q, dout, lse, delta = (by_query(x) for x in (q, dout, lse, delta))
+    q, dout, out, lse, dlse = (by_query(x) for x in (q, dout, out, lse, dlse))
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % TILES)), constant_values=-1)
-    indices = jnp.repeat(indices.reshape(batch * queries, -1), split, axis=0)
+    indices = ascending(indices.reshape(batch * queries, -1), rows)
+    indices = jnp.repeat(indices, split, axis=0)
     total = indices.shape[0]
     keys = kv.reshape(-1, width)
-    blocks = -(-keys.shape[0] // sum_rows_sm90.BLOCK)
+    blocks = -(-keys.shape[0] // BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
-    window = min(max(1, window * split), total)
-    window = -(-total // -(-total // window))  # windows of one size
+    window = _even(total, max(1, window * split), sms)
     options = {"window": window, "queries": queries * split, "rows": rows, "sms": sms}
+    # The kernels write all of both: nothing has to be there before.
+    dq = jax.new_ref(lax.empty((total, some, width), q.dtype))
+    sums = jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
 
-    def step(dkv, first):
+    def step(first):
         start = first.reshape(1)
         weights, dscores = weights_sm90.weights_and_dscores(
-            start, q, dout, lse, delta, keys, indices, scale=scale, **options, interpret=interpret
+            start, q, dout, out, lse, dlse, keys, indices, scale=scale, **options,
+            interpret=interpret,
+        )  # fmt: skip
+        added = products_sm90.dq_and_rows(
+            start, q, dout, keys, indices, weights, dscores, dq, **options, interpret=interpret
         )
-        dq = dq_sm90.dq_of_queries(
-            start, some, keys, indices, dscores, **options, interpret=interpret
-        )
-        added = rows_sm90.rows_of_queries(
-            start, q, dout, weights, dscores, window=window, sms=sms, interpret=interpret
-        )
-        number = first + jnp.arange(window)[:, None]
-        mine = jnp.take(indices, number[:, 0], axis=0, mode="fill", fill_value=-1)
-        exists = (mine >= 0) & (mine < rows)
-        mine = jnp.where(exists, mine + number // (queries * split) * rows, -1)
-        lists = sum_rows_sm90.pairs_by_block(mine, blocks=blocks)
+        number = first + jnp.arange(window)
+        mine = jnp.take(indices, number, axis=0, mode="fill", fill_value=rows)
+        key = mine + (number // (queries * split) * rows)[:, None]  # in all rows of the batch
+        key = jnp.where(mine < rows, key, blocks * BLOCK)
+        lists = pairs_by_block(key, blocks=blocks)
         added = added.reshape(-1, width)
-        dkv = sum_rows_sm90.sum_rows(dkv, added, *lists, parts=parts, sms=sms, interpret=interpret)
-        # The kernels do not tell over which mesh axes their results vary.
-        return vary_like((dkv, dq), (q, kv))
+        sum_rows_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
 
-    dkv = vary_like(jnp.zeros((blocks * sum_rows_sm90.BLOCK, width), jnp.float32), (q, kv))
     firsts = jnp.arange(0, total, window, dtype=jnp.int32)
     if len(firsts) == 1:
-        dkv, dq = step(dkv, firsts[0])
+        step(firsts[0])
     else:
-        dkv, dq = lax.scan(step, dkv, firsts)
-    dq = dq.reshape(-1, some, width)[:total].reshape(batch, queries, -1, width)[:, :, :heads]
+        lax.scan(lambda _, first: (None, step(first)), None, firsts)
+    # The kernels do not tell over which mesh axes their results vary.
+    dq, dkv = vary_like((jax.freeze(dq), jax.freeze(sums).sum(0)), (q, kv))
+    dq = dq.reshape(batch, queries, -1, width)[:, :, :heads]
     return dq, dkv[: batch * rows].reshape(batch, rows, width)
+
+
+def _even(total: int, limit: int, sms: int) -> int:
+    """Queries of a window: as few windows as the limit allows, of one size that fills the SMs."""
+    window = -(-total // -(-total // min(limit, total)))
+    filling = -(-window // sms) * sms
+    return filling if filling <= min(limit, total) else window

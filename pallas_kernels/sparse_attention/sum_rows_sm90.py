@@ -6,7 +6,7 @@
     dKV[s] = sum of rows[p] over the pairs p of a query and a selected key that is s
 
 in an order that is always the same: nothing is added atomically. Keys are taken 64 at a time, a
-block. `pairs_by_block` lists for each block the pairs that belong to it, queries ascending. A CTA
+block. `backward_lists` lists for each block the pairs that belong to it, queries ascending. A CTA
 takes one block, or a part of its list, after the other:
 
     LOADER       gathers 64 of the listed rows into a slot of the ring
@@ -26,7 +26,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -36,7 +35,6 @@ from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import CHUNK, SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import drain, next_slot, strided_loop
-from pallas_kernels.tiling import vary_like
 
 BLOCK = 64  # keys
 PAIRS = 64  # of a tile
@@ -90,7 +88,7 @@ def _for_each_unit(plan: _Plan, first_tile, tile_count, body, carry):
         return body(number, start + first, start + end, carry)
 
     units = jnp.int32(plan.blocks * plan.parts)
-    return strided_loop(units, unit, carry, axis="cta", ctas=plan.ctas)
+    return strided_loop(units, unit, carry, mine=lax.axis_index("cta"), ctas=plan.ctas)
 
 
 def _load(plan: _Plan, first_tile, tile_count, rows, pairs, keys, s: _Shared):
@@ -140,7 +138,7 @@ def _load(plan: _Plan, first_tile, tile_count, rows, pairs, keys, s: _Shared):
     drain(s.freed, slot, filled, SLOTS)
 
 
-def _sum(plan: _Plan, side, first_tile, tile_count, before, sums, s: _Shared):
+def _sum(plan: _Plan, side, first_tile, tile_count, fresh, sums, s: _Shared):
     """LEFT or RIGHT."""
     columns = plan.columns(side)
 
@@ -166,20 +164,17 @@ def _sum(plan: _Plan, side, first_tile, tile_count, before, sums, s: _Shared):
     def unit(number, first, end, carry):
         block = lax.div(number, jnp.int32(plan.parts))
         part = lax.rem(number, jnp.int32(plan.parts))
-        places = [(pl.ds(block * BLOCK, BLOCK), pl.ds(*column)) for column in columns]
-        if plan.parts == 1:
-            accumulators = [
-                plgpu.load(before.at[place], layout=plgpu.Layout.WGMMA, optimized=False)
-                for place in places
-            ]
-        else:
-            accumulators = [
-                plgpu.layout_cast(jnp.zeros((BLOCK, width), jnp.float32), plgpu.Layout.WGMMA)
-                for _, width in columns
-            ]
+        places = [(part, pl.ds(block * BLOCK, BLOCK), pl.ds(*column)) for column in columns]
+        before = [
+            plgpu.load(sums.at[place], layout=plgpu.Layout.WGMMA, optimized=False)
+            for place in places
+        ]
+        accumulators = [
+            jnp.where(lax.broadcast_in_dim(fresh, total.shape, ()), 0.0, total) for total in before
+        ]
         accumulators, *carry = lax.fori_loop(first, end, tile, (accumulators, *carry))
         for place, total in zip(places, accumulators, strict=True):
-            sums.at[part, *place][...] = total
+            sums.at[place][...] = total
         return carry
 
     if side == LEFT:
@@ -190,7 +185,7 @@ def _sum(plan: _Plan, side, first_tile, tile_count, before, sums, s: _Shared):
     _for_each_unit(plan, first_tile, tile_count, unit, [zero, zero, zero])
 
 
-def _kernel(before, first_tile, tile_count, rows, pairs, keys, sums, *, plan: _Plan, **shared):
+def _kernel(first, first_tile, tile_count, rows, pairs, keys, sums, *, plan: _Plan, **shared):
     words = shared.pop("landed", shared["pairs_tile"])
     landing = Landing(words, 4 * INDEX_SLOTS * PAIRS, SLOTS, plan.interpret)
     s = _Shared(
@@ -202,7 +197,7 @@ def _kernel(before, first_tile, tile_count, rows, pairs, keys, sums, *, plan: _P
         @pl.when(role == side)
         def _(side=side):
             plgpu.set_max_registers(_REGISTERS[side], action="increase")
-            _sum(plan, side, first_tile, tile_count, before, sums, s)
+            _sum(plan, side, first_tile, tile_count, first[0] == 0, sums, s)
 
     @pl.when(role == LOADER)
     def _():
@@ -210,22 +205,23 @@ def _kernel(before, first_tile, tile_count, rows, pairs, keys, sums, *, plan: _P
         _load(plan, first_tile, tile_count, rows, pairs, keys, s)
 
 
-def sum_rows(before, rows, first_tile, tile_count, pairs, keys, *, parts, sms, interpret=None):
-    """f32 `[64 blocks, D]`: `before` and the rows that belong to each key.
+def sum_rows(first, rows, first_tile, tile_count, pairs, keys, sums, *, sms, interpret=None):
+    """Adds the rows that belong to each key to its sum, or starts the sum with them.
 
     Args:
-        before: f32 `[64 blocks, D]`.
+        first: i32 `[1]`, 0 where sums start, whatever `sums` holds.
         rows: bf16 `[pairs, D]`.
         first_tile: i32 `[blocks]`, where a block's list starts, in tiles of 64.
         tile_count: i32 `[blocks]`, how long it is.
         pairs: i32, the lists: a row, or -1.
         keys: i32, which key of the block each of `pairs` belongs to.
-        parts: into how many parts a list is cut, so that few blocks keep all CTAs busy.
+        sums: a `jax.Ref`, f32 `[parts, 64 blocks, D]`. A list is cut into parts, each with a sum
+            of its own, so that few blocks keep all CTAs busy.
         sms: CTAs.
         interpret: parameters of interpret mode, or None.
     """
     count, width = rows.shape
-    blocks = before.shape[0] // BLOCK
+    parts, blocks = sums.shape[0], sums.shape[1] // BLOCK
     plan = _Plan(
         width=width,
         rows=count,
@@ -239,9 +235,8 @@ def sum_rows(before, rows, first_tile, tile_count, pairs, keys, *, parts, sms, i
     def sparse_attention_sum_rows(*refs, **scratch):  # its name is the kernel's
         _kernel(*refs, plan=plan, **scratch)
 
-    sums = plgpu.kernel(
+    plgpu.kernel(
         sparse_attention_sum_rows,
-        out_type=jax.ShapeDtypeStruct((parts, blocks * BLOCK, width), jnp.float32),
         scratch_types={
             **landed,
             "ring": plgpu.SMEM((SLOTS, PAIRS, width), jnp.bfloat16, transforms=SWIZZLED),
@@ -259,48 +254,4 @@ def sum_rows(before, rows, first_tile, tile_count, pairs, keys, *, parts, sms, i
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         **({"interpret": interpret} if interpret is not None else {}),
-    )(before, first_tile, tile_count, rows, pairs, keys)
-    return sums[0] if parts == 1 else before + sums.sum(axis=0)
-
-
-def pairs_by_block(keys, *, blocks):
-    """Lists the pairs of queries and selected keys by blocks of 64 keys.
-
-    Args:
-        keys: i32 `[queries, K]`, the selected keys, outside `0 .. 64 blocks - 1` where none is.
-            Any order will do, but one that does not rise takes a sort.
-        blocks: how many.
-
-    Returns:
-        `(first_tile, tile_count, pairs, keys)` as `sum_rows` takes them: a pair is the number
-        `query K + slot`; lists start at multiples of 64 and are filled up with -1.
-    """
-    queries, selected = keys.shape
-    exists = (keys >= 0) & (keys < BLOCK * blocks)
-    block = jnp.where(exists, keys // BLOCK, blocks)
-    query = jnp.arange(queries, dtype=jnp.int32)[:, None]
-    counts = jnp.zeros((queries, blocks), jnp.int32).at[query, block].add(1, mode="drop")
-    before = jnp.cumsum(counts, axis=0) - counts  # pairs of earlier queries in the block
-    total = counts.sum(axis=0)
-    tile_count = -(-total // PAIRS)
-    first_tile = jnp.cumsum(tile_count) - tile_count
-    # Which of the query's pairs it is, by block; less those of blocks before, which of the block's.
-    leading = jnp.all(exists[:, 1:] <= exists[:, :-1])
-    rises = jnp.all(~exists | (keys >= lax.cummax(jnp.where(exists, keys, -1), axis=1)))
-    ranks = [
-        lambda: jnp.broadcast_to(jnp.arange(selected, dtype=jnp.int32), keys.shape),
-        lambda: jnp.cumsum(exists, axis=1, dtype=jnp.int32) - 1,
-        lambda: jnp.argsort(jnp.argsort(block, axis=1), axis=1).astype(jnp.int32),
-    ]
-    ranks = [lambda rank=rank: vary_like(rank(), keys) for rank in ranks]
-    rank = lax.switch(jnp.where(rises, jnp.where(leading, 0, 1), 2), ranks)
-    skipped = jnp.cumsum(counts, axis=1) - counts
-    start = first_tile * PAIRS + before - skipped
-    position = jnp.take_along_axis(start, jnp.minimum(block, blocks - 1), axis=1) + rank
-    length = (queries * selected // PAIRS + blocks) * PAIRS
-    position = jnp.where(exists, position, length)
-    pairs = jnp.full((length,), -1, jnp.int32)
-    numbers = jnp.arange(queries * selected, dtype=jnp.int32)
-    pairs = pairs.at[position.reshape(-1)].set(numbers, mode="drop", unique_indices=True)
-    listed = keys.reshape(-1)[jnp.maximum(pairs, 0)] % BLOCK
-    return first_tile, tile_count, pairs, jnp.where(pairs >= 0, listed, -1)
+    )(first, first_tile, tile_count, rows, pairs, keys, sums)

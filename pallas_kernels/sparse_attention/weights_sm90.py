@@ -38,7 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import CHUNK, LOG2E, SWIZZLED
-from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
+from pallas_kernels.hopper.wgmma import add_products, finish
 from pallas_kernels.sparse_attention.backward_shares import (
     drain,
     next_slot,
@@ -51,6 +51,7 @@ HEADS = 64  # of a CTA: one wgmma's rows
 KEYS = 64  # of a tile
 SLOTS = 8  # of the ring
 INDEX_SLOTS = 7
+HOLD = True
 SCORES, VALUES, LOADER = range(3)
 _REGISTERS = {SCORES: 232, VALUES: 232, LOADER: 40}
 
@@ -83,6 +84,18 @@ class _Plan:
             for start in range(0, width, self.part)
         ]
 
+    def value_start(self, number: int) -> int:
+        """Where the copy of a part of dO or O starts: it has the whole width of a part."""
+        return value_start(number, self.part, self.values)
+
+    def value_columns(self) -> list[tuple[int, int]]:
+        """The part and the offset in its copy of every chunk of dO and O."""
+        return [
+            (number, number * self.part - self.value_start(number) + column)
+            for number, columns in enumerate(self.chunks(self.values))
+            for column in columns
+        ]
+
     def query(self, work):
         return lax.div(work, jnp.int32(self.groups // self.cluster))
 
@@ -102,6 +115,7 @@ class _Shared:
     query_full: Any  # a part of Q or dO is there
     picked_full: Any
     freed: Any  # SCORES and VALUES have read the part
+    scored: Any  # S of the tile is nearly done
     weighed: Any  # P of the tile is there
     weights_read: Any
     started: Any
@@ -122,10 +136,11 @@ def _for_each_work(plan: _Plan, first, body, carry):
     """`carry = body(work, carry)` over this cluster's share of the window from `first`."""
     queries = jnp.minimum(plan.window, plan.total - first)
     work = queries * (plan.groups // plan.cluster)
-    return strided_loop(work, body, carry, axis="cluster", ctas=plan.clusters)
+    mine = lax.axis_index("cluster")
+    return strided_loop(work, body, carry, mine=mine, ctas=plan.clusters)
 
 
-def _load(plan: _Plan, first, q, dout, kv, indices, s: _Shared):
+def _load(plan: _Plan, first, q, dout, out, kv, indices, s: _Shared):
     """LOADER."""
 
     def acquire(slot, filled):
@@ -143,13 +158,9 @@ def _load(plan: _Plan, first, q, dout, kv, indices, s: _Shared):
         slot, filled, index_slot = carry
         query, heads = first + plan.query(work), plan.heads(work)
         fetch_indices(query, 0, index_slot)
-        for table, width in ((q, plan.width), (dout, plan.values)):
+        for table, width in ((q, plan.width), (dout, plan.values), (out, plan.values)):
             for number in range(len(plan.chunks(width))):
-                start = (
-                    number * plan.part
-                    if table is q
-                    else value_start(number, plan.part, plan.values)
-                )
+                start = number * plan.part if table is q else plan.value_start(number)
                 source = table.at[query, heads, pl.ds(start, plan.part)]
                 after = acquire(slot, filled)
                 plgpu.copy_gmem_to_smem(source, s.ring.at[slot], s.query_full.at[slot])
@@ -189,38 +200,69 @@ def _load(plan: _Plan, first, q, dout, kv, indices, s: _Shared):
     drain(s.freed, slot, filled, SLOTS)
 
 
-def _to_registers(plan: _Plan, s: _Shared, place: _Place, width: int, shift, keep: bool):
-    """Q or dO, out of the ring in chunks; `keep` says whether this warpgroup wants it."""
-    kept = []
-    for number, chunks in enumerate(plan.chunks(width)):
+def _chunk_by_chunk(plan: _Plan, s: _Shared, place: _Place, columns, visit):
+    """`visit(chunk)` for the chunks of Q, dO or O as they arrive; returns the place after them.
+
+    `columns` are the part and the offset in it of every chunk.
+    """
+    for number in range(columns[-1][0] + 1):
         plgpu.barrier_wait(s.query_full.at[place.slot])
-        for column in chunks if keep else ():
-            columns = pl.ds(column + shift(number), CHUNK)
-            kept.append(plgpu.load(s.ring.at[place.slot, :, columns], layout=plgpu.Layout.WGMMA))
-            # One at a time: LDSM's registers are not wgmma's, and there are none to spare.
-            warpgroup_barrier(plan.interpret)
+        for of, column in columns:
+            if of == number:
+                chunk = s.ring.at[place.slot, :, pl.ds(column, CHUNK)]
+                visit(plgpu.load(chunk, layout=plgpu.Layout.WGMMA))
+                # One at a time: LDSM's registers are not wgmma's, and there are none to spare.
+                warpgroup_barrier(plan.interpret)
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.freed.at[place.slot])
         place = place.next()
-    return kept, place
+    return place
 
 
-def _product(plan: _Plan, left, start, place: _Place, width: int, s: _Shared):
-    """`start + left rows^T` over the columns of a tile's parts, each freed when read."""
-    steps = []
-    left = iter(left)
+def _skip(plan: _Plan, s: _Shared, place: _Place, width: int):
+    """Lets parts of Q, dO or O pass that are not for this warpgroup."""
+    for _ in plan.chunks(width):
+        plgpu.barrier_wait(s.query_full.at[place.slot])
+        plgpu.barrier_arrive(s.freed.at[place.slot])
+        place = place.next()
+    return place
+
+
+def _product(plan: _Plan, left, start, place: _Place, width: int, s: _Shared, before_last=None):
+    """`start + left rows^T` over the columns of a tile's parts, each freed when read.
+
+    `before_last` is called when only the products of the last part are unfinished.
+    """
     parts = plan.chunks(width)
+    result, freed = start, []
     for number, chunks in enumerate(parts):
         slot = place.slot
-        steps.append(functools.partial(s.landing.wait, slot, place.phases))
-        rows = s.ring.at[slot]
-        steps += [Product(0, next(left), rows.at[:, pl.ds(c, CHUNK)].T) for c in chunks]
-        if number:
-            steps += [Until(len(chunks)), functools.partial(plgpu.barrier_arrive, before)]
-        before = s.freed.at[slot]
+        s.landing.wait(slot, place.phases)
+        done = sum(map(len, parts[:number]))
+        result = add_products(
+            result,
+            left[done : done + len(chunks)],
+            s.ring.at[slot],
+            [c // CHUNK for c in chunks],
+            first=number == 0,
+            interpret=plan.interpret,
+        )
+        last = number == len(parts) - 1
+        if number or (last and before_last is not None):
+            if plan.interpret:
+                plgpu.commit_smem()  # wgmma reads through the async proxy, the twin did before this
+            else:
+                plgpu.wgmma_wait(1)
+            for one in freed:
+                plgpu.barrier_arrive(one)
+            if last and before_last is not None:
+                before_last()
+            freed = []
+        freed.append(s.freed.at[slot])
         place = _Place(slot, Landing.next(slot, place.phases)).next()
-    [result] = multiply_add([start], steps, plan.interpret)
-    plgpu.barrier_arrive(before)
+    result = finish(result, plan.interpret)
+    for one in freed:
+        plgpu.barrier_arrive(one)
     for _ in range(len(parts), len(plan.chunks(plan.width))):  # the tail, which has no values
         s.landing.wait(place.slot, place.phases)
         plgpu.barrier_arrive(s.freed.at[place.slot])
@@ -251,13 +293,17 @@ def _scores(plan: _Plan, first, lse, weights, s: _Shared):
         # S starts from -inf where there is no key: so P is 0 there.
         start = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
         start = lax.broadcast_in_dim(start, (HEADS, KEYS), (1,))
-        scores, place = _product(plan, query, start, place, plan.width, s)
-        found = jnp.exp2(scores * (plan.scale * LOG2E) - _over_keys(lse))
 
         @pl.when(count >= 2)
         def _():
             plgpu.barrier_wait(s.weights_read.at[buffer])
 
+        def let_values_start():
+            if HOLD:
+                plgpu.barrier_arrive(s.scored.at[buffer])
+
+        scores, place = _product(plan, query, start, place, plan.width, s, let_values_start)
+        found = jnp.exp2(scores * (plan.scale * LOG2E) - _over_keys(lse))
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
         s.p_tile.at[buffer][...] = found.astype(jnp.bfloat16)
@@ -270,8 +316,11 @@ def _scores(plan: _Plan, first, lse, weights, s: _Shared):
     def work_item(work, carry):
         place, *rest = carry
         here = _of_heads(lse.at[first + plan.query(work), plan.heads(work)])
-        query, place = _to_registers(plan, s, place, plan.width, lambda _: 0, True)
-        _, place = _to_registers(plan, s, place, plan.values, lambda _: 0, False)
+        query = []
+        columns = [(i, c) for i, part in enumerate(plan.chunks(plan.width)) for c in part]
+        place = _chunk_by_chunk(plan, s, place, columns, query.append)
+        for _ in ("dO", "O"):
+            place = _skip(plan, s, place, plan.values)
         body = functools.partial(tile, work, query, here)
         return lax.fori_loop(0, plan.tiles, body, (place, *rest))
 
@@ -290,11 +339,13 @@ def _scores(plan: _Plan, first, lse, weights, s: _Shared):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _values(plan: _Plan, first, delta, dscores, s: _Shared):
+def _values(plan: _Plan, first, dlse, dscores, s: _Shared):
     """VALUES."""
 
     def tile(work, dout, delta, j, carry):
         place, buffer = carry
+        if HOLD:
+            plgpu.barrier_wait(s.scored.at[buffer])
         products, place = _product(plan, dout, _zeros(), place, plan.values, s)
         plgpu.barrier_wait(s.weighed.at[buffer])
         weights = plgpu.load(s.p_tile.at[buffer], layout=plgpu.Layout.WGMMA)
@@ -310,14 +361,17 @@ def _values(plan: _Plan, first, delta, dscores, s: _Shared):
 
     def work_item(work, carry):
         place, *rest = carry
-        here = _of_heads(delta.at[first + plan.query(work), plan.heads(work)])
-        _, place = _to_registers(plan, s, place, plan.width, lambda _: 0, False)
+        place = _skip(plan, s, place, plan.width)
+        dout = []
+        place = _chunk_by_chunk(plan, s, place, plan.value_columns(), dout.append)
+        unread, totals = iter(dout), [jnp.zeros((), jnp.float32)]
 
-        def shift(number):
-            return number * plan.part - value_start(number, plan.part, plan.values)
+        def add(out):
+            totals[0] += next(unread).astype(jnp.float32) * out.astype(jnp.float32)
 
-        dout, place = _to_registers(plan, s, place, plan.values, shift, True)
-        body = functools.partial(tile, work, dout, here)
+        place = _chunk_by_chunk(plan, s, place, plan.value_columns(), add)
+        here = _of_heads(dlse.at[first + plan.query(work), plan.heads(work)])
+        body = functools.partial(tile, work, dout, totals[0].sum(axis=1) - here)
         return lax.fori_loop(0, plan.tiles, body, (place, *rest))
 
     plgpu.barrier_wait(s.started)
@@ -326,7 +380,9 @@ def _values(plan: _Plan, first, delta, dscores, s: _Shared):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(first, q, dout, lse, delta, kv, indices, weights, dscores, *, plan: _Plan, **shared):
+def _kernel(
+    first, q, dout, out, lse, dlse, kv, indices, weights, dscores, *, plan: _Plan, **shared
+):
     words = shared.pop("landed", shared["picked"])
     landing = Landing(words, 4 * INDEX_SLOTS * KEYS, SLOTS, plan.interpret)
     s = _Shared(**shared, landing=landing)
@@ -341,16 +397,30 @@ def _kernel(first, q, dout, lse, delta, kv, indices, weights, dscores, *, plan: 
     @pl.when(role == VALUES)
     def _():
         plgpu.set_max_registers(_REGISTERS[VALUES], action="increase")
-        _values(plan, start, delta, dscores, s)
+        _values(plan, start, dlse, dscores, s)
 
     @pl.when(role == LOADER)
     def _():
         plgpu.set_max_registers(_REGISTERS[LOADER], action="decrease")
-        _load(plan, start, q, dout, kv, indices, s)
+        _load(plan, start, q, dout, out, kv, indices, s)
 
 
 def weights_and_dscores(
-    first, q, dout, lse, delta, kv, indices, *, window, queries, rows, scale, sms, interpret=None
+    first,
+    q,
+    dout,
+    out,
+    lse,
+    dlse,
+    kv,
+    indices,
+    *,
+    window,
+    queries,
+    rows,
+    scale,
+    sms,
+    interpret=None,
 ):
     """P and dS of a window of queries, bf16 `[window, K / 64, N, 64]`.
 
@@ -358,8 +428,9 @@ def weights_and_dscores(
         first: i32 `[1]`, the first query of the window.
         q: bf16 `[all queries, N, C + R]`, N a multiple of 64.
         dout: bf16 `[all queries, N, C]`.
+        out: O, as dO.
         lse: f32 `[all queries, N]`, in base 2, finite.
-        delta: f32 `[all queries, N]`.
+        dlse: f32 `[all queries, N]`.
         kv: bf16 `[batch x S, C + R]`.
         indices: i32 `[all queries, K]`, K a multiple of 64.
         window: queries of the window; what lies past the last query is left as it is.
@@ -408,6 +479,7 @@ def weights_and_dscores(
             "query_full": plgpu.Barrier(num_barriers=SLOTS),
             "picked_full": plgpu.Barrier(num_barriers=INDEX_SLOTS),
             "freed": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+            "scored": plgpu.Barrier(num_barriers=2),
             "weighed": plgpu.Barrier(num_barriers=2),
             "weights_read": plgpu.Barrier(num_barriers=2),
             "started": plgpu.Barrier(),
@@ -422,4 +494,4 @@ def weights_and_dscores(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         **({"interpret": interpret} if interpret is not None else {}),
-    )(first, q, dout, lse, delta, kv, indices)
+    )(first, q, dout, out, lse, dlse, kv, indices)

@@ -10,10 +10,10 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.sparse_attention import (
+    backward_lists,
     backward_sm90,
-    dq_sm90,
+    products_sm90,
     reference,
-    rows_sm90,
     sum_rows_sm90,
     weights_sm90,
 )
@@ -95,11 +95,13 @@ def test_second_window():
     q, kv, indices, dout, _ = arguments(1, 3, 200, 128, 256, 64, 128)
     q, kv, indices, dout = q[0], kv[0], indices[0], dout[0]
     rng = np.random.default_rng(1)
-    lse, delta = (normal(rng, 3, 128, dtype=jnp.float32) for _ in range(2))
+    lse, dlse = (normal(rng, 3, 128, dtype=jnp.float32) for _ in range(2))
+    out = normal(rng, *dout.shape)
+    delta = jnp.einsum("tnc,tnc->tn", *wide(out, dout)) - dlse
     window = {"window": 3, "queries": 3, "rows": 200, "sms": 2, "interpret": interpret()}
     start = jnp.array([1], jnp.int32)
     weights, dscores = weights_sm90.weights_and_dscores(
-        start, q, dout, lse + 9, delta, kv, indices, scale=SCALE, **window
+        start, q, dout, out, lse + 9, dlse, kv, indices, scale=SCALE, **window
     )
     assert no_races()
     rows, exists = reference.gather(wide(kv)[0][None], indices[None])
@@ -111,42 +113,56 @@ def test_second_window():
     for found, other in ((weights, expected), (dscores, dexpected)):
         assert error(found[:2], in_tiles(other)[1:]) < RELATIVE
 
-    dq = dq_sm90.dq_of_queries(start, 128, kv, indices, dscores, **window)
+    dq = jax.new_ref(jnp.zeros(q.shape, q.dtype))
+    added = products_sm90.dq_and_rows(
+        start, q, dout, kv, indices, weights, dscores, dq, **window
+    )  # fmt: skip
     assert no_races()
-    options = {name: window[name] for name in ("window", "sms", "interpret")}
-    added = rows_sm90.rows_of_queries(start, q, dout, weights, dscores, **options)
-    assert no_races()
+    dq = jax.freeze(dq)
+    assert not dq[0].any()  # it comes before the window
 
     def flat(x):
         return jnp.pad(wide(x)[0].swapaxes(1, 2).reshape(3, 128, 128)[:2], ((1, 0), (0, 0), (0, 0)))
 
-    for found, other in zip(
-        (dq, added), products_of(flat(weights), flat(dscores), q, dout, kv, indices), strict=True
-    ):
-        assert error(found[:2], other[1:]) < RELATIVE
+    expected = products_of(flat(weights), flat(dscores), q, dout, kv, indices)
+    for found, other in zip((dq[1:], added[:2]), expected, strict=True):
+        assert error(found, other[1:]) < RELATIVE
 
 
-@pytest.mark.parametrize(("order", "parts"), [("rising", 1), ("holes", 1), ("any", 2)])
-def test_sum_rows(order, parts):
-    """Keys that all queries select, that none does; lists cut into parts; bits, not tolerances."""
+@pytest.mark.parametrize("order", ["rising", "holes", "any"])
+def test_ascending(order):
     rng = np.random.default_rng(0)
-    queries, selected, keys, width = 5, 70, 150, 128
-    picked = np.full((queries, selected), -1, np.int32)
-    for t in range(queries):
-        count = [selected, 0, selected // 2, 1, selected][t]
-        picked[t, :count] = np.sort(rng.permutation(np.arange(10, keys))[:count])
+    picked = np.sort(rng.integers(0, 50, (3, 20)), axis=1)
+    picked[1, 9:] = -1
     if order != "rising":
-        picked[0, 3] = -1
+        picked[0, [3, 7, 9]] = -2, 50, 2**31 - 1
     if order == "any":
         picked = rng.permuted(picked, axis=1)
+    found = jax.jit(backward_lists.ascending, static_argnums=1)(jnp.asarray(picked), 50)
+    expected = np.sort(np.where((picked < 0) | (picked >= 50), 50, picked), axis=1)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_sum_rows(parts):
+    """Keys that all queries select, that none does; lists cut into parts; bits, not tolerances."""
+    rng = np.random.default_rng(0)
+    queries, selected, keys, width = 35, 70, 150, 128
+    picked = np.full((queries, selected), 192, np.int32)
+    for t in range(queries):
+        count = [selected, 0, selected // 2, 1, selected][t % 5]
+        picked[t, :count] = np.sort(rng.permutation(np.arange(10, keys))[:count])
     blocks = 3
     rows = jnp.asarray(rng.integers(-99, 99, (queries * selected, width)), jnp.bfloat16)
-    lists = jax.jit(functools.partial(sum_rows_sm90.pairs_by_block, blocks=blocks))(picked)
-    expected = rng.integers(-99, 99, (blocks * 64, width)).astype(np.float32)
-    before = jnp.asarray(expected)
-    options = {"parts": parts, "sms": 2, "interpret": interpret()}
-    sums = sum_rows_sm90.sum_rows(before, rows, *lists, **options)
-    assert no_races()
+    lists = jax.jit(functools.partial(backward_lists.pairs_by_block, blocks=blocks))(picked)
+    before = rng.integers(-99, 99, (parts, blocks * 64, width)).astype(np.float32)
     flat = picked.reshape(-1)
-    np.add.at(expected, flat[flat >= 0], np.asarray(rows, np.float64)[flat >= 0])
-    np.testing.assert_array_equal(sums, expected)
+    for first in (7, 0):  # goes on from what is there, or begins
+        sums = jax.new_ref(jnp.asarray(before if first else before * np.nan))
+        sum_rows_sm90.sum_rows(
+            jnp.array([first]), rows, *lists, sums, sms=2, interpret=interpret()
+        )  # fmt: skip
+        assert no_races()
+        expected = before.sum(axis=0) * (first > 0)
+        np.add.at(expected, flat[flat < keys], np.asarray(rows, np.float64)[flat < keys])
+        np.testing.assert_array_equal(jax.freeze(sums).sum(axis=0), expected)

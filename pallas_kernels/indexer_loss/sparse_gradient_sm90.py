@@ -1,0 +1,319 @@
+# Mosaic GPU's annotations differ between JAX releases and do not know what its decorators do.
+# pyright: reportAbstractUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false
+"""The gradient of the selected keys' indexer scores on Hopper, given that of the scores.
+
+    x[k, i]   = d[t, k] if iq[t, i] . ik[s] > 0 else 0                s = indices[t, k]
+    u[i]      = sum_k x[k, i] ik[s]
+    diq[t, i] = iw[t, i] u[i]             diw[t, i] = iq[t, i] . u[i]
+    rows[t, k] = sum_i iw[t, i] x[k, i] iq[t, i]
+
+(relu(z) = z 1[z > 0], so diw needs no product of its own.) A row is what a query adds to dik of a
+selected key; the rows of a key are added up elsewhere. Three warpgroups:
+
+    EVEN, ODD  a query each, its selected keys in tiles of 64
+    LOADER     gathers the keys of both into a ring of each
+
+The products of one warpgroup run while the other masks, or writes out its rows.
+
+SMEM at H = 128: 2 x 4 x 16,384 of rings, and of each warpgroup 16,384 of iq, 8,192 of x and 16,384
+of rows on their way out. Registers of a thread: EVEN and ODD 232 (64 of u, 64 of rows, 32 of dot
+products), LOADER 40.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper.tiles import SWIZZLED
+from pallas_kernels.hopper.wgmma import Product, multiply, multiply_add
+from pallas_kernels.sparse_attention.backward_shares import drain, next_slot
+
+HEADS = 64  # I
+KEYS = 64  # of a tile
+SLOTS = 4  # of a ring
+INDEX_SLOTS = SLOTS + 1  # of each warpgroup: refilled when the rows of its last tile have landed
+EVEN, ODD, LOADER = range(3)
+_CONSUMERS = (EVEN, ODD)
+_REGISTERS = {EVEN: 232, ODD: 232, LOADER: 40}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The static numbers of a call."""
+
+    queries: int  # T, of one batch row
+    rows: int  # S, of one batch row
+    width: int  # H
+    window: int  # queries of a call, at most
+    total: int  # queries of all calls
+    ctas: int
+    interpret: bool
+
+    def count(self, first, role):
+        """How many queries of the window from `first` on fall to a warpgroup of this CTA."""
+        mine = lax.axis_index("cta") * 2 + role
+        queries = jnp.minimum(self.window, self.total - first)
+        return lax.div(queries - 1 - mine + 2 * self.ctas, jnp.int32(2 * self.ctas))
+
+    def query(self, number, role):
+        """Its so-many-th query, counted from the start of the window."""
+        return lax.axis_index("cta") * 2 + role + number * (2 * self.ctas)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """SMEM and barriers; of what both warpgroups have, that of EVEN comes first."""
+
+    query: Any  # bf16 [2 x 64, H]: iq; diq in the end
+    ring: Any  # bf16 [2 x SLOTS, 64, H]
+    slopes: Any  # f32 [2 x SLOTS, 64]: d of the ring's keys
+    masked: Any  # bf16 [2 x 64, 64]: x
+    out_tile: Any  # bf16 [2 x 64, H]: rows on their way out
+    picked: Any  # i32 [2 x INDEX_SLOTS + 1, 64]; the last row holds Landing's words
+    picked_full: Any
+    query_full: Any
+    full: Any  # d of the slot is there
+    freed: list[Any]  # and no longer needed, nor the keys
+    started: Any
+    landing: Landing
+
+
+def _load(plan: _Plan, first, ik, indices, d, tiles, s: _Shared):
+    """LOADER."""
+
+    def fetch_indices(query, tile, at):
+        source = indices.at[query, pl.ds(tile * KEYS, KEYS)]
+        plgpu.copy_gmem_to_smem(source, s.picked.at[at], s.picked_full.at[at])
+
+    def fill(role, query, count, j, state):
+        slot, filled, index_slot = state
+        following = next_slot(index_slot, INDEX_SLOTS)
+        at, index_at = role * SLOTS + slot, role * INDEX_SLOTS + index_slot
+
+        @pl.when(filled >= SLOTS)
+        def _():
+            plgpu.barrier_wait(s.freed[role].at[slot])
+
+        # What was there is no longer read: its rows have landed.
+        @pl.when(j + 1 < count)
+        def _():
+            fetch_indices(query, j + 1, role * INDEX_SLOTS + following)
+
+        some = pl.ds(j * KEYS, KEYS)
+        plgpu.copy_gmem_to_smem(d.at[query, some], s.slopes.at[at], s.full.at[at])
+        plgpu.barrier_wait(s.picked_full.at[index_at])
+        gather_rows(
+            ik,
+            s.picked.at[index_at],
+            s.ring.at[at],
+            s.landing,
+            at,
+            first_row=lax.div(query, jnp.int32(plan.queries)) * plan.rows,
+            rows=plan.rows,
+            first_column=0,
+            columns=(0, plan.width),
+            arrive=True,
+        )
+        return next_slot(slot, SLOTS), filled + 1, following
+
+    def queries(number, states):
+        mine = []
+        for role in _CONSUMERS:
+            exists = number < plan.count(first, role)
+            query = first + plan.query(number, role)
+            count = jnp.where(exists, tiles[jnp.where(exists, query, 0)], 0)
+            mine.append((query, count))
+
+            @pl.when(exists)
+            def _(role=role, query=query):
+                fetch_indices(query, 0, role * INDEX_SLOTS + states[role][2])
+
+        def tile(j, states):
+            return tuple(
+                lax.cond(
+                    j < mine[role][1],
+                    functools.partial(fill, role, *mine[role], j),
+                    lambda state: state,
+                    states[role],
+                )
+                for role in _CONSUMERS
+            )
+
+        return lax.fori_loop(0, jnp.maximum(mine[EVEN][1], mine[ODD][1]), tile, states)
+
+    plgpu.barrier_wait(s.started)
+    zero = jnp.int32(0)
+    start = ((zero, zero, zero),) * 2
+    states = lax.fori_loop(0, plan.count(first, EVEN), queries, start)
+    for role, (slot, filled, _) in enumerate(states):
+        drain(s.freed[role], slot, filled, SLOTS)
+
+
+def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _Shared):
+    """EVEN or ODD."""
+    row, column = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
+    mine = pl.ds(role * HEADS, HEADS)
+    own, masked, out_tile = s.query.at[mine], s.masked.at[mine], s.out_tile.at[mine]
+
+    def zeros(width):
+        return plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), plgpu.Layout.WGMMA)
+
+    def tile(query, weight, count, j, carry):
+        u, dots, slot, phases = carry
+        at, following = role * SLOTS + slot, role * SLOTS + next_slot(slot, SLOTS)
+        plgpu.barrier_wait(s.full.at[at])
+        slope = plgpu.load(s.slopes.at[at], layout=row, optimized=False)
+        x = jnp.where(dots > 0, lax.broadcast_in_dim(slope, dots.shape, [0]), 0.0)
+        masked[...] = x.astype(jnp.bfloat16)
+        weighed = (x * lax.broadcast_in_dim(weight, x.shape, [1])).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        more = j + 1 < count
+        # After the last tile it is multiplied once more, for nobody.
+        following = jnp.where(more, following, at)
+        phases = Landing.next(at, phases)
+
+        @pl.when(more)
+        def _():
+            s.landing.wait(following, phases)
+
+        products = [
+            Product(1, weighed, own),
+            Product(0, masked.T, s.ring.at[at]),
+            Product(2, s.ring.at[following], own.T),
+        ]
+        starts = [u, zeros(plan.width), zeros(HEADS)]
+        u, added, dots = multiply_add(starts, products, plan.interpret)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        warpgroup_barrier(plan.interpret)
+        plgpu.barrier_arrive(s.freed[role].at[slot])
+        out_tile[...] = added.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_tile, rows.at[query, pl.ds(j * KEYS, KEYS)])
+        return u, dots, next_slot(slot, SLOTS), phases
+
+    def work_item(number, carry):
+        query = plan.query(number, role)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        warpgroup_barrier(plan.interpret)
+        plgpu.copy_gmem_to_smem(iq.at[first + query], own, s.query_full.at[role])
+        weight = plgpu.load(iw.at[first + query], layout=column, optimized=False)
+        plgpu.barrier_wait(s.query_full.at[role])
+        slot, phases = carry
+        count, at = tiles[first + query], role * SLOTS + slot
+        wait = functools.partial(s.landing.wait, at, phases)
+        dots = multiply((KEYS, HEADS), [wait, (s.ring.at[at], own.T)], plan.interpret)
+        body = functools.partial(tile, query, weight, count)
+        start = zeros(plan.width), dots, slot, phases
+        u, _, *carry = lax.fori_loop(0, count, body, start)
+        weight = plgpu.load(iw.at[first + query], layout=row, optimized=False)
+        value = plgpu.load(own, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        diw.at[query][...] = (value * u).sum(axis=1)
+        own[...] = (u * lax.broadcast_in_dim(weight, u.shape, [0])).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(own, diq.at[query])
+        return tuple(carry)
+
+    if role == EVEN:
+        s.landing.initialize()
+        plgpu.barrier_arrive(s.started)
+    plgpu.barrier_wait(s.started)
+    lax.fori_loop(0, plan.count(first, role), work_item, (jnp.int32(0), jnp.int32(0)))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _kernel(first, iq, ik, iw, d, indices, tiles, rows, diq, diw, *, plan: _Plan, **shared):
+    words = shared.pop("landed", shared["picked"])
+    landing = Landing(words, 4 * 2 * INDEX_SLOTS * KEYS, 2 * SLOTS, plan.interpret)
+    s = _Shared(**shared, landing=landing)
+    role = lax.axis_index("role")
+    start = first[0]
+    for number in (EVEN, ODD, LOADER):
+
+        @pl.when(role == number)
+        def _(number=number):
+            action = "decrease" if number == LOADER else "increase"
+            plgpu.set_max_registers(_REGISTERS[number], action=action)
+            if number == LOADER:
+                _load(plan, start, ik, indices, d, tiles, s)
+            else:
+                _multiply(plan, number, start, iq, iw, tiles, rows, diq, diw, s)
+
+
+def gradient(first, iq, ik, iw, d, indices, tiles, *, window, queries, rows, sms, interpret=None):
+    """`(rows bf16 [window, K, H], diq bf16 [window, 64, H], diw f32 [window, 64])` of a window.
+
+    Rows are undefined in tiles without a key.
+
+    Args:
+        first: i32 `[1]`, the first query of the window.
+        iq: bf16 `[all queries, 64, H]`.
+        ik: bf16 `[batch x S, H]`.
+        iw: f32 `[all queries, 64]`.
+        d: f32 `[all queries, K]`, the gradient of the scores; 0 where no key is selected.
+        indices: i32 `[all queries, K]`, K a multiple of 64.
+        tiles: i32 `[all queries]`, how many tiles of 64 hold a key, at least 1.
+        window: queries of the window; what lies past the last query is left as it is.
+        queries: T of a batch row.
+        rows: S of a batch row.
+        sms: CTAs.
+        interpret: parameters of interpret mode, or None.
+    """
+    total, _, width = iq.shape
+    plan = _Plan(
+        queries=queries,
+        rows=rows,
+        width=width,
+        window=window,
+        total=total,
+        ctas=min(sms, pl.cdiv(window, 2)),
+        interpret=interpret is not None,
+    )
+
+    def tile(*shape):
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
+
+    landed = {"landed": plgpu.Barrier(num_barriers=2 * SLOTS)} if plan.interpret else {}
+
+    def indexer_loss_gradient(*refs, **scratch):  # its name is the kernel's
+        _kernel(*refs, plan=plan, **scratch)
+
+    return plgpu.kernel(
+        indexer_loss_gradient,
+        out_type=[
+            jax.ShapeDtypeStruct((window, indices.shape[1], width), jnp.bfloat16),
+            jax.ShapeDtypeStruct((window, HEADS, width), jnp.bfloat16),
+            jax.ShapeDtypeStruct((window, HEADS), jnp.float32),
+        ],
+        scratch_types={
+            **landed,
+            "query": tile(2 * HEADS, width),
+            "ring": tile(2 * SLOTS, KEYS, width),
+            "slopes": plgpu.SMEM((2 * SLOTS, KEYS), jnp.float32),
+            "masked": tile(2 * KEYS, HEADS),
+            "out_tile": tile(2 * KEYS, width),
+            "picked": plgpu.SMEM((2 * INDEX_SLOTS + 1, KEYS), jnp.int32),
+            "picked_full": plgpu.Barrier(num_barriers=2 * INDEX_SLOTS),
+            "query_full": plgpu.Barrier(num_barriers=2),
+            "full": plgpu.Barrier(num_barriers=2 * SLOTS),
+            "freed": [plgpu.Barrier(num_barriers=SLOTS) for _ in _CONSUMERS],
+            "started": plgpu.Barrier(),
+        },
+        grid=(plan.ctas,),
+        grid_names=("cta",),
+        num_threads=3,
+        thread_name="role",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        **({"interpret": interpret} if interpret is not None else {}),
+    )(first, iq, ik, iw, d, indices, tiles)

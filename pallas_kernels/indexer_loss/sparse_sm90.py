@@ -1,0 +1,173 @@
+"""The loss of the sparse stage on Hopper, and its gradient, bit-equal between runs.
+
+    sparse_pairs_sm90      of every query and selected key the attention's mass and the score
+    here, in XLA           kl, and d = softmax(score) - p
+    sparse_gradient_sm90   from g d the gradients of iq and iw, and a row for every pair
+    sum_rows_sm90          dik: the rows of each key added up in fp32, in the order of the queries
+
+The forward keeps d, as large as the selection, for the backward: so the target, which costs most,
+is built once. The rows, in bf16, exist for a window of queries at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.hopper.tiles import LOG2E
+from pallas_kernels.indexer_loss import sparse_gradient_sm90, sparse_pairs_sm90
+from pallas_kernels.indexer_loss.reference import divergence, normalised, scores_gradient
+from pallas_kernels.sparse_attention import sum_rows_sm90
+from pallas_kernels.sparse_attention.backward_lists import BLOCK, ascending, pairs_by_block
+from pallas_kernels.tiling import vary_like
+
+KEYS = 64  # of a tile
+HEADS = 128  # of the attention, that one call takes
+INDEX_HEADS = 64
+# A window costs a pass over dik in fp32 and the ends of two kernels, so that few are better.
+WORKSPACE_BYTES = 9 * 2**28
+
+
+def unsupported(iq, ik, q, kv) -> str | None:
+    """Why the kernels cannot serve such a call; None where they can."""
+    heads, index_width = iq.shape[2:]
+    if not (iq.dtype == ik.dtype == q.dtype == kv.dtype == jnp.bfloat16):
+        dtypes = f"{iq.dtype}, {ik.dtype}, {q.dtype} and {kv.dtype}"
+        return f"iq, ik, q and kv are {dtypes}, the kernel takes bfloat16"
+    if heads != INDEX_HEADS:
+        return f"iq has I = {heads} heads, the kernel takes {INDEX_HEADS}"
+    if index_width != 128:
+        return f"iq has heads of width H = {index_width}, the kernel takes 128"
+    width = q.shape[-1]
+    if width % 64 or width > 576:
+        return f"q has C+R = {width} columns, the kernel takes multiples of 64 up to 576"
+    return None
+
+
+class Residuals(NamedTuple):
+    """What the backward needs."""
+
+    iq: jax.Array
+    ik: jax.Array
+    iw: jax.Array
+    indices: jax.Array  # i32 [B, T, K']: ascending, S where none is; K' whole tiles
+    d: jax.Array  # f32 [B, T, K']: the gradient of kl for the scores; 0 where no key is selected
+
+
+def forward(iq, ik, iw, q, kv, lse, indices, *, scale: float, workspace_bytes: int = 0):
+    """`kl [B, T]`, by the signature of the reference."""
+    del workspace_bytes
+    return compare(iq, ik, iw, q, kv, lse, indices, scale=scale)[0]
+
+
+def forward_for_backward(
+    iq, ik, iw, q, kv, lse, indices, *, scale: float, workspace_bytes: int = 0
+):
+    """`(kl [B, T], Residuals)`."""
+    del workspace_bytes
+    kl, indices, d = compare(iq, ik, iw, q, kv, lse, indices, scale=scale)
+    return kl, Residuals(iq, ik, iw, indices, d)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "sms", "interpret"))
+def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret: Any = None):
+    """`(kl, indices and d of Residuals)`."""
+    batch, queries, heads, width = q.shape
+    rows = kv.shape[1]
+    pads = ((0, 0), (0, 0), (0, -indices.shape[2] % KEYS))
+    indices = jnp.pad(indices, pads, constant_values=-1)
+    if 0 in (*indices.shape, rows):
+        nothing = jnp.zeros(indices.shape, jnp.float32)
+        return jnp.zeros((batch, queries), jnp.float32), indices, nothing
+    indices = ascending(indices.reshape(batch * queries, -1), rows).reshape(indices.shape)
+    exists = indices < rows
+    # More than 128 heads are as many queries with the same keys.
+    split = -(-heads // HEADS)
+    some = -(-heads // split // 64) * 64
+
+    def by_query(x, value):
+        pads = [(0, 0), (0, 0), (0, some * split - heads)] + [(0, 0)] * (x.ndim - 3)
+        x = jnp.pad(x, pads, constant_values=value)
+        return x.reshape(batch * queries * split, some, *x.shape[3:])
+
+    def repeat(x):
+        return jnp.repeat(x.reshape(batch * queries, *x.shape[2:]), split, axis=0)
+
+    # A head of a query without keys has no lse; one that fills up has no mass.
+    lse = by_query(jnp.where(jnp.isfinite(lse), lse * LOG2E, 0.0), jnp.inf)
+    mass, scores = sparse_pairs_sm90.pairs(
+        by_query(q, 0), repeat(iq), kv.reshape(-1, width), ik.reshape(-1, ik.shape[-1]),
+        lse, repeat(iw), repeat(indices), repeat(_tiles(exists)),
+        queries=queries * split, rows=rows, scale=scale, sms=sms, interpret=interpret,
+    )  # fmt: skip
+    mass, scores = vary_like((mass, scores), (iq, ik, iw, q, kv))
+    mass, scores = (x.reshape(batch, queries, split, -1) for x in (mass, scores))
+    mass = jnp.where(exists, mass.sum(axis=2), 0.0)
+    scores = jnp.where(exists, scores[:, :, 0], 0.0)
+    p = normalised(mass)
+    return divergence(p, scores, exists), indices, scores_gradient(p, scores, exists)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
+def backward(residuals: Residuals, g, *, scale: float = 0.0, workspace_bytes: int = 0):
+    """Gradients of iq, ik and iw, given that of `kl`."""
+    del scale
+    width, selected = residuals.ik.shape[2], residuals.indices.shape[2]
+    window = max(workspace_bytes, WORKSPACE_BYTES) // (max(selected, 1) * (2 * width + 8))
+    return gradients(residuals, g, window=window)
+
+
+def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret: Any = None):
+    """The gradients, with at most so many queries in a window."""
+    iq, ik, iw, indices, d = residuals
+    batch, queries, heads, width = iq.shape
+    rows = ik.shape[1]
+    if 0 in (*indices.shape, rows):
+        return jnp.zeros_like(iq), jnp.zeros_like(ik), jnp.zeros_like(iw)
+    total = batch * queries
+    d = (g[..., None] * d).reshape(total, -1)
+    indices = indices.reshape(total, -1)
+    tiles = _tiles(indices < rows)
+    arrays = iq.reshape(total, heads, width), ik.reshape(-1, width), iw.reshape(total, heads)
+    blocks = -(-batch * rows // BLOCK)
+    parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
+    window = min(max(1, window), total)
+    window = -(-total // -(-total // window))  # windows of one size
+    # The kernel writes all of it: nothing has to be there before.
+    sums = jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
+
+    def step(first):
+        start = first.reshape(1)
+        added, diq, diw = sparse_gradient_sm90.gradient(
+            start, *arrays, d, indices, tiles,
+            window=window, queries=queries, rows=rows, sms=sms, interpret=interpret,
+        )  # fmt: skip
+        number = first + jnp.arange(window)
+        mine = jnp.take(indices, number, axis=0, mode="fill", fill_value=rows)
+        key = mine + (number // queries * rows)[:, None]  # in all rows of the batch
+        lists = pairs_by_block(jnp.where(mine < rows, key, blocks * BLOCK), blocks=blocks)
+        added = added.reshape(-1, width)
+        sum_rows_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
+        return diq, diw
+
+    firsts = jnp.arange(0, total, window, dtype=jnp.int32)
+    if len(firsts) == 1:
+        results = step(firsts[0])
+    else:
+        _, results = lax.scan(lambda _, first: (None, step(first)), None, firsts)
+    # The kernels do not tell over which mesh axes their results vary.
+    dik, results = vary_like((jax.freeze(sums).sum(axis=0), results), residuals)
+    diq, diw = (
+        x.reshape(-1, *like.shape[2:])[:total].reshape(like.shape)
+        for x, like in zip(results, (iq, iw), strict=True)
+    )
+    return diq, dik[: batch * rows].reshape(ik.shape).astype(ik.dtype), diw
+
+
+def _tiles(exists):
+    """How many tiles hold each query's keys, which come first; at least one."""
+    return jnp.maximum(-(-exists.sum(axis=-1, dtype=jnp.int32) // KEYS), 1)

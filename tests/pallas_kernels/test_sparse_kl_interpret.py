@@ -1,0 +1,151 @@
+"""The sparse loss's kernels in GPU interpret mode with race detection (ring 1)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import Selection, UnsupportedError, indexer_kl_sparse
+from pallas_kernels.indexer_loss import sparse_sm90
+from pallas_kernels.sparse_attention import reference as sparse_attention
+
+SCALE = 0.1
+
+
+def normal(rng, *shape, dtype=jnp.bfloat16):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32).astype(dtype)
+
+
+def interpret():
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def no_races():
+    return not interpret_pallas_call.get_races().races_found
+
+
+def arguments(batch, queries, keys, heads, selected, width=64, index_width=64, index_heads=64):
+    """Rows with all, no, one and some keys, each out of one of two documents."""
+    rng = np.random.default_rng(0)
+    iq, ik = (
+        normal(rng, batch, queries, index_heads, index_width),
+        normal(rng, batch, keys, index_width),
+    )
+    ik = ik.at[:, 1::2].set(ik[:, ::2])  # every score twice
+    iw = normal(rng, batch, queries, index_heads, dtype=jnp.float32) / 8  # of either sign
+    q, kv = normal(rng, batch, queries, heads, width), normal(rng, batch, keys, width)
+    # What no query selects.
+    kv, ik = kv.at[:, -2:].set(jnp.nan), ik.at[:, -2:].set(jnp.nan)
+    indices = np.full((batch, queries, selected), -1, np.int32)
+    for row, (b, t) in enumerate(np.ndindex(batch, queries)):
+        first, end = [(0, keys // 3), (keys // 3, keys - 2)][row % 2]
+        count = [40, selected, 0, 130, 1, 64][row % 6]
+        some = first + rng.permutation(end - first)[: min(count, selected)]
+        indices[b, t, : len(some)] = np.sort(some)
+    indices[0, -1, 1], indices[-1, 1 % queries, 2] = keys, -7
+    indices = jnp.asarray(indices)
+    _, lse = sparse_attention.forward(
+        q, kv, indices, value_width=width, scale=SCALE, workspace_bytes=2**28
+    )
+    return iq, ik, iw, q, kv, lse, indices
+
+
+def test_value_and_gradient():
+    """Against float64; heads and selected keys that are no whole tiles, two windows."""
+    inputs = iq, ik, iw, q, kv, _, indices = arguments(2, 3, 400, 70, 140)
+    kl, picked, d = sparse_sm90.compare(*inputs, scale=SCALE, sms=2, interpret=interpret())
+    assert no_races()
+    g = normal(np.random.default_rng(1), 2, 3, dtype=jnp.float32)
+    residuals = sparse_sm90.Residuals(iq, ik, iw, picked, d)
+    # Not jitted: two interpreted kernels in one program wait for each other.
+    found = sparse_sm90.gradients(residuals, g, window=5, sms=2, interpret=interpret())
+    assert no_races()
+
+    def exact(iq, ik, iw):
+        return oracle.indexer_kl_sparse(iq, ik, iw, q, kv, indices, scale=SCALE)
+
+    # fp32 sums of terms as large as a few nats; the attention's lse, too, is fp32.
+    np.testing.assert_allclose(kl, exact(iq, ik, iw), rtol=3e-6, atol=3e-6)
+    assert (np.asarray(kl) == 0).sum() == 2  # those with one key or none
+    for gradient, value in zip(found, (iq, ik, iw), strict=True):
+        assert gradient.dtype == value.dtype
+    ik = jnp.where(jnp.isnan(ik), 0, ik)
+    assert jnp.isfinite(found[1]).all()
+    directional(found, lambda *x: (exact(*x) * np.asarray(g)).sum(), iq, ik, iw)
+
+
+def directional(found, fn, *inputs):
+    """Compares gradients along random directions: their error is one of many small roundings."""
+    rng, step = np.random.default_rng(2), 1e-5
+    values = [oracle.f64(x) for x in inputs]
+    for number, gradient in enumerate(found):
+        gradient = oracle.f64(gradient)
+        for _ in range(3):
+            # Mostly along the gradient, so that what is compared is not small by accident.
+            across = rng.standard_normal(gradient.shape) / gradient.size**0.5
+            direction = gradient / np.linalg.norm(gradient) + across * (gradient != 0)
+            up, down = (
+                fn(
+                    *(
+                        x + sign * step * direction if i == number else x
+                        for i, x in enumerate(values)
+                    )
+                )
+                for sign in (1, -1)
+            )
+            # d, the masked products and the rows are rounded to bf16 (2**-9 of each value).
+            np.testing.assert_allclose(
+                (gradient * direction).sum(), (up - down) / (2 * step), rtol=6e-3
+            )
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"index_heads": 32}, "I = 32"),
+        ({"index_width": 64}, "H = 64"),
+        ({"index_width": 128, "width": 72}, "C\\+R = 72"),
+        ({"index_width": 128, "width": 640}, "C\\+R = 640"),
+    ],
+)
+def test_unsupported(change, word):
+    iq, ik, iw, q, kv, lse, indices = arguments(1, 1, 10, 1, 3, **change)
+    with pytest.raises(UnsupportedError, match=word):
+        indexer_kl_sparse(
+            iq, ik, iw, q, kv, lse, Selection(indices), scale=SCALE, implementation="mosaic"
+        )
+
+
+def test_lowers_for_cuda_without_a_gpu():
+    """Value and gradient, plain and sharded over a mesh; the target is built once."""
+    *arrays, indices = arguments(2, 6, 90, 16, 20, index_width=128)
+
+    def loss(indexer, target, indices):
+        (iq, ik, iw), (q, kv, lse) = indexer, target
+        return indexer_kl_sparse(
+            iq, ik, iw, q, kv, lse, Selection(indices), scale=SCALE, implementation="mosaic"
+        ).sum()
+
+    inputs = tuple(arrays[:3]), tuple(arrays[3:]), indices
+    value = jax.jit(loss).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    targets = value.count("indexer_loss_pairs")
+    assert targets
+    assert not value.count("indexer_loss_gradient")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    op = jax.value_and_grad(loss)
+
+    def sharded(*inputs):
+        value, gradient = op(*inputs)
+        return jax.lax.psum(value, "data"), gradient
+
+    shards = jax.shard_map(
+        sharded, mesh=mesh, in_specs=spec, out_specs=(jax.sharding.PartitionSpec(), spec)
+    )
+    for fn in (op, shards):
+        text = jax.jit(fn).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("indexer_loss_pairs") == targets
+        assert text.count("indexer_loss_gradient")

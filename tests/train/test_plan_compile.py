@@ -50,12 +50,12 @@ def test_compiled_for_cpu_devices():
     assert report.to_json(found)["compile_seconds"] > 0
 
 
+@pytest.mark.aot
+@pytest.mark.skipif(not plugin_found(), reason="needs JAX's CUDA plugin")
 def test_a_compile_that_fails_says_why():
     options, model = small(MeshConfig(context=2))
     config = train_config(options.resolved(), model, options.mesh)
     wrong = GPUS["h100"]._replace(name='"')  # breaks the description
-    if not plugin_found():
-        pytest.skip("needs JAX's CUDA plugin")
     with pytest.raises(CompileError, match="compiling for 2 devices"):
         compile_step(config, wrong, "cuda")
 

@@ -63,6 +63,15 @@ def test_a_device_has_its_share_of_the_tokens():
     assert kept == 61 * 8192 * 7168 * 4
 
 
+def test_gradients_are_there_twice_while_a_batch_is_summed_up():
+    options = FLAGSHIP.resolved()
+    config = train_config(options, architecture(options.preset), options.mesh)
+    held = state(FLAGSHIP)
+    assert counted.temporaries(config, held)["gradients"] == 2 * held.gradient_bytes
+    whole = dataclasses.replace(config, batch_size=16, micro_batches=1)
+    assert counted.temporaries(whole, held)["gradients"] == held.gradient_bytes
+
+
 def test_does_it_fit():
     small = make(TINY)
     assert small.fits

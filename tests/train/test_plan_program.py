@@ -122,3 +122,50 @@ def test_a_slice_of_a_stack_moves_the_slice_and_not_the_stack():
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule empty")
+
+
+NESTED = """
+HloModule m
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%inner (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,4]{1,0} get-tuple-element(%p), index=1
+  %start = f32[8,4]{1,0} all-reduce-start(%x), replica_groups=[1,8]<=[8], to_apply=%sum
+  %done = f32[8,4]{1,0} all-reduce-done(%start)
+  %kernel = f32[8,4]{1,0} custom-call(%done), custom_call_target="mosaic_gpu_v2"
+  ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%i, %kernel)
+}
+
+%outer (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  ROOT %w = (s32[], f32[8,4]{1,0}) while(%p), condition=%c, body=%inner, \
+backend_config={"known_trip_count":{"n":"3"}}
+}
+
+ENTRY %main (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %once = (s32[], f32[8,4]{1,0}) while(%p), condition=%c, body=%inner
+  ROOT %w = (s32[], f32[8,4]{1,0}) while(%once), condition=%c, body=%outer, \
+backend_config={"known_trip_count":{"n":"7"}}
+}
+"""
+
+
+def test_loops_in_loops_multiply_and_what_runs_aside_counts_once():
+    program = hlo.parse(NESTED)
+    runs = 3 * 7 + 1  # and one of a loop of unknown length
+    assert program.unknown_loops == 1
+    (one,) = collectives(program, {"data": 8})
+    assert (one.op, one.calls) == ("all-reduce", runs)
+    assert one.bytes_sent == runs * 2 * 7 / 8 * 8 * 4 * 4
+    found = hlo.work(program)
+    assert found.kernels == {"mosaic_gpu_v2": runs}
+    assert found.matmul_bytes == runs * 2 * 8 * 4 * 4
+    assert found.other_bytes == 0, "a collective is not the memory's traffic"

@@ -53,6 +53,7 @@ def test_weights_are_counted_once_each():
     model = config.model
     linear = sum(parts[n].forward for n in ("projections and MLPs", "experts", "head"))
     active = param_count(model.without_indexer()).active - model.vocab_size * model.hidden_size
+    assert config.sequence_length is not None
     assert linear / (2 * config.sequence_length) == pytest.approx(active, rel=1e-4)
 
 

@@ -130,6 +130,7 @@ def test_the_estimate_adds_up():
     assert sparse.estimate == found
     assert sparse.tokens == pytest.approx(943.7e9, rel=1e-4)
     assert warmup.tokens == pytest.approx(2.097e9, rel=1e-3)
+    assert warmup.estimate is not None
     assert warmup.estimate.days < 1
 
 

@@ -66,6 +66,7 @@ def test_compiled_for_h100s():
     options, model = small(MeshConfig(fsdp=2, context=4), compile="cuda")
     found = make(options, model=model)
     check(found, "compiled")
+    assert found.compiled is not None
     assert found.compiled.work.dot_flop > 0
 
 
@@ -74,3 +75,5 @@ def test_the_gpus_need_the_plugin(monkeypatch):
     options, model = small(MeshConfig(context=2), compile="cuda")
     with pytest.raises(ValueError, match=r"compile='cuda' needs JAX's CUDA plugin.*compile='cpu'"):
         make(options, model=model)
+    many = PlanOptions(devices=256, mesh=MeshConfig(expert=16, context=16))
+    assert make(many).compiled is None, "hundreds of CPU devices are not compiled for"

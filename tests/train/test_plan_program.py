@@ -40,7 +40,7 @@ def program():
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, one))
         for shape, one in zip(shapes, spec, strict=True)
     ]
-    return hlo.parse(jax.jit(run).lower(*arguments).compile().as_text())
+    return hlo.parse(jax.jit(run).lower(*arguments).compile().as_text() or "")
 
 
 def test_collectives_are_known_by_op_axes_and_bytes(program):

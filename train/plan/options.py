@@ -50,8 +50,8 @@ class PlanOptions:
     # Try every mesh of so many devices, and compile the best ones until one fits.
     search: bool = False
     # `cuda` compiles for the GPUs named, which needs JAX's CUDA plugin and no GPU; `cpu` compiles
-    # for as many CPU devices, without the kernels; `none` only counts. `auto`: `cuda`, or `cpu`
-    # where the plugin is missing.
+    # for as many CPU devices, without the kernels; `none` only counts. `auto`: `cuda`; where the
+    # plugin is missing `cpu` for up to 16 devices and `none` above.
     compile: Literal["auto", "cuda", "cpu", "none"] = "auto"
     # Write the compiled program here, as XLA prints it.
     text: Path | None = None

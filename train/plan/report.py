@@ -28,6 +28,8 @@ Source = Literal["compiled", "compiled for CPU", "counted", "assumed"]
 
 # Meshes that a search compiles before it gives up.
 _TRIES = 3
+# Without the plugin, this many CPU devices are compiled for; what is larger is counted.
+_CPU_DEVICES = 16
 
 
 class Figure(NamedTuple):
@@ -162,7 +164,7 @@ def _backend(options: PlanOptions) -> Backend | None:
             "compile='cuda' needs JAX's CUDA plugin, which needs no GPU: "
             "pip install 'dsa-jax[cuda13]', or compile='cpu' or 'none'"
         )
-    return "cpu"
+    return "cpu" if options.devices <= _CPU_DEVICES else None
 
 
 def assemble(
@@ -301,7 +303,10 @@ def _published(config: TrainConfig) -> bool:
 def _notes(config: TrainConfig, compiled: Compiled | None) -> list[str]:
     notes = []
     if compiled is None:
-        notes.append("nothing was compiled: temporaries and collectives are arithmetic")
+        notes.append(
+            "nothing was compiled: temporaries and collectives are arithmetic; JAX's CUDA plugin, "
+            "which needs no GPU, compiles the step"
+        )
         return notes
     if compiled.backend == "cpu":
         notes.append(

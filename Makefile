@@ -65,13 +65,13 @@ aot:
 
 aot-%: .venv-aot-%/.installed
 	@echo "kernels ahead of time, $* JAX"
-	@.venv-aot-$*/bin/python -m pytest -q -m aot -p no:cacheprovider tests/pallas_kernels
+	@.venv-aot-$*/bin/python -m pytest -q -m aot -p no:cacheprovider tests/pallas_kernels tests/train/test_plan_compile.py
 
 # The plugin without its CUDA libraries: enough to compile.
 .venv-aot-%/.installed: Makefile
 	@test -n "$(PYTHON)" || { echo "dsa-jax needs Python 3.12 or newer" >&2; exit 1; }
 	@"$(PYTHON)" -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --upgrade pip
-	@$(@D)/bin/python -m pip install --quiet 'jax$(AOT_$*)' numpy jaxtyping absl-py pytest pytest-timeout hypothesis
+	@$(@D)/bin/python -m pip install --quiet 'jax$(AOT_$*)' flax optax orbax-checkpoint numpy jaxtyping absl-py rich tokenizers pytest pytest-timeout hypothesis
 	@$(@D)/bin/python -m pip install --quiet --no-deps 'jax-cuda13-plugin$(AOT_$*)' 'jax-cuda13-pjrt$(AOT_$*)'
 	@touch $@
 

@@ -187,7 +187,7 @@ def check_sparse(queries: int = 64, keys: int = 8192) -> dict:
 
 
 def sparse(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
-    """Value and gradient, beside the attention's forward and backward on the same selections."""
+    """Value and gradient, at each number of keys; errors on a small shape."""
     errors = check_sparse() if check_at else {}
     for length in keys:
         yield _sparse(length) | (errors if length in check_at else {})
@@ -195,39 +195,62 @@ def sparse(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
 
 def _sparse(keys: int) -> dict:
     a = sparse_attention
-    rng = np.random.default_rng(0)
-    indices = jnp.asarray(a.random_selections(rng, a.T, keys, a.K))
-    x = _sparse_inputs(indices, keys=keys, seed=0)
-    attend = functools.partial(sparse_forward_sm90.forward, value_width=a.C, scale=a.SCALE)
-    arguments = x.q, x.kv, x.indices
-    out, lse = jax.eval_shape(attend, *arguments)
-    functions = compiled(
-        [
-            (functools.partial(_sparse_loss, implementation="mosaic"), (x,)),
-            (functools.partial(_sparse_value, implementation="mosaic"), (x,)),
-            (attend, arguments),
-            (
-                functools.partial(backward_sm90.backward, scale=a.SCALE),
-                (*arguments, out, lse, out, lse),
-            ),
-        ]
-    )
-    out, lse = functions[2](*arguments)
-    x = x._replace(lse=lse)
-    dout = jnp.roll(out, 1, axis=1)
-    inputs = (x,), (x,), arguments, (*arguments, out, lse, dout, jnp.zeros_like(lse))
-    loss, value, forward, backward = (
-        device_time(fn, *some, repeats=4) for fn, some in zip(functions, inputs, strict=True)
-    )
-    attention = forward.median_ms + backward.median_ms
+    x = _selected_inputs(keys)
+    run = functools.partial(_sparse_loss, implementation="mosaic")
+    loss = device_time(run, x, repeats=4)
     flop = 2.0 * a.T * a.K * (a.N * (a.C + a.R) + 3 * 64 * 128)
     return {
         "op": "indexer_kl_sparse",
         "keys": keys,
         "ms": round(loss.median_ms, 4),
         "tflops": loss.tflops(flop),
-        "value_ms": round(value.median_ms, 4),
-        "attention_ms": [round(forward.median_ms, 4), round(backward.median_ms, 4)],
-        "of_attention": round(loss.median_ms / attention, 4),
         "kernels": {name: round(ms, 3) for name, ms in loss.kernels.items() if ms > 0.02},
     }
+
+
+def sparse_share(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
+    """What the loss adds to the attention it belongs to, forward and backward."""
+    del check_at
+    for length in keys:
+        yield _sparse_share(length)
+
+
+def _sparse_share(keys: int) -> dict:
+    a = sparse_attention
+    x = _selected_inputs(keys)
+    attend = functools.partial(sparse_forward_sm90.forward, value_width=a.C, scale=a.SCALE)
+    arguments = x.q, x.kv, x.indices
+    out, lse = jax.eval_shape(attend, *arguments)
+    pull = functools.partial(backward_sm90.backward, scale=a.SCALE)
+    loss, forward, backward = compiled(
+        [
+            (functools.partial(_sparse_loss, implementation="mosaic"), (x,)),
+            (attend, arguments),
+            (pull, (*arguments, out, lse, out, lse)),
+        ]
+    )
+    out, lse = forward(*arguments)
+    gradients = jnp.roll(out, 1, axis=1), jnp.zeros_like(lse)
+    times = [
+        device_time(fn, *some, repeats=4).median_ms
+        for fn, some in (
+            (loss, (x._replace(lse=lse),)),
+            (forward, arguments),
+            (backward, (*arguments, out, lse, *gradients)),
+        )
+    ]
+    names = ("loss_ms", "forward_ms", "backward_ms")
+    return {
+        "op": "indexer_kl_sparse of attention",
+        "keys": keys,
+        **{name: round(ms, 4) for name, ms in zip(names, times, strict=True)},
+        "of_attention": round(times[0] / (times[1] + times[2]), 4),
+    }
+
+
+def _selected_inputs(keys: int) -> Sparse:
+    """Of random selections; lse, which no time depends on, is about what attention gives."""
+    a = sparse_attention
+    rows = a.random_selections(np.random.default_rng(0), a.T, keys, a.K)
+    x = _sparse_inputs(jnp.asarray(rows), keys=keys, seed=0)
+    return x._replace(lse=jnp.full_like(x.lse, 9.1))

@@ -1,30 +1,36 @@
 """`python -m train plan` against one real GPU: memory, products and time of a real-shaped step.
 
-    python -m benchmarks.plan_check predict --json FILE    # on any machine with JAX's CUDA plugin
-    python -m benchmarks.plan_check measure --json FILE    # on one GPU: reads FILE, adds to it
+    python -m benchmarks.plan_check predict --json FILE --program PROGRAM   # without a GPU
+    python -m benchmarks.plan_check measure --json FILE --program PROGRAM   # on one GPU
 
 One layer of DeepSeek-V3.2-Exp with 16 experts and a vocabulary of 16,384, everything else as it is;
-two sequences of 8192 tokens, one after the other. The plan is made without a GPU; the measurement
-takes the same step through JAX's ordinary compiler, runs it, and reads the allocator's peak.
+two sequences of 8192 tokens, one after the other. `predict` plans the run and keeps the program
+that was compiled for the absent GPU; `measure` runs that program and reads the allocator's peak,
+or without `--program` compiles the same step where the GPU is.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
+import pickle
 import time
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import serialize_executable
 
 from dsa_jax import presets
 from dsa_jax.config import ModelConfig, Numerics
 from dsa_jax.sharding import make_mesh
-from train.plan import PlanOptions, hlo, make
+from train.plan import PlanOptions, counted, hlo, search
+from train.plan.compiled import compile_step
 from train.plan.options import train_config
-from train.plan.report import counted_products
+from train.plan.report import assemble, counted_products
 from train.plan.worker import lower
 from train.stages import Stage
 from train.start import plan
@@ -49,25 +55,43 @@ def options(stage: str, gpu: Literal["h100", "h200"]) -> PlanOptions:
     ).resolved()  # fmt: skip
 
 
-def predict(stage: str, gpu: Literal["h100", "h200"]) -> dict[str, Any]:
-    """What the plan says, compiled without a GPU and counted."""
-    asked, model = options(stage, gpu), small_model()
-    report = make(asked, lambda phase: print(phase, flush=True), model)
-    counted = make(PlanOptions(**{**vars(asked), "compile": "none"}), model=model)
-    assert report.compiled is not None
+def predict(stage: str, gpu: Literal["h100", "h200"], program: Path | None) -> dict[str, Any]:
+    """What the plan says, compiled without a GPU and counted.
+
+    Args:
+        stage: what to plan.
+        gpu: for what.
+        program: where to keep the compiled program; None: nowhere.
+    """
+    asked = options(stage, gpu)
+    config = train_config(asked, small_model(), asked.mesh)
+    candidate = search.count(asked, config, counted.shapes_of(config))
+    raw = program and program.with_suffix(".raw")
+    compiled = compile_step(
+        config, asked.hardware, "cuda", lambda phase: print(phase, flush=True), program=raw
+    )
+    if program is not None and raw is not None:
+        packed = base64.b64encode(zlib.compress(raw.read_bytes())).decode()
+        program.write_text(json.dumps({"program": packed}))
+        raw.unlink()
+    report = assemble(asked, candidate, compiled, [])
     return {
         "bytes": report.bytes,
-        "counted_bytes": counted.bytes,
-        "memory": report.compiled.memory,
-        "dot_flop": report.compiled.work.dot_flop,
-        "counted_products": counted_products(report.config),
+        "counted_bytes": candidate.bytes,
+        "memory": compiled.memory,
+        "dot_flop": compiled.work.dot_flop,
+        "counted_products": counted_products(config),
         "step_seconds": report.estimate.step,
-        "implementations": report.compiled.implementations,
+        "implementations": compiled.implementations,
     }
 
 
-def measure(stage: str, gpu: Literal["h100", "h200"]) -> dict[str, Any]:
-    """The same step on this machine's GPU."""
+def _unpacked(program: Path) -> bytes:
+    return zlib.decompress(base64.b64decode(json.loads(program.read_text())["program"]))
+
+
+def measure(stage: str, gpu: Literal["h100", "h200"], program: Path | None) -> dict[str, Any]:
+    """The same step on this machine's GPU; `program` is what `predict` kept of it."""
     asked = options(stage, gpu)
     config = train_config(asked, small_model(), asked.mesh)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
@@ -78,11 +102,13 @@ def measure(stage: str, gpu: Literal["h100", "h200"]) -> dict[str, Any]:
 
     with jax.set_mesh(mesh):
         run = plan(config, mesh)
-        lowered = lower(config, mesh, kernels=True)
-        say("lowered")
-        compiled = lowered.compile()
-        say("compiled")
-        program = hlo.parse(compiled.as_text() or "")
+        if program is not None:
+            compiled = serialize_executable.deserialize_and_load(
+                *pickle.loads(_unpacked(program)), execution_devices=jax.devices()[:1]
+            )
+        else:
+            compiled = lower(config, mesh, kernels=True).compile()
+        say("have the program")
         state, batch = jax.jit(lambda: _inputs(run.state, config))()
         jax.block_until_ready(state)
         say("made the state")
@@ -105,7 +131,8 @@ def measure(stage: str, gpu: Literal["h100", "h200"]) -> dict[str, Any]:
             "temporaries": memory.temp_size_in_bytes,
             "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         },
-        "dot_flop": hlo.work(program).dot_flop,
+        "compiled": "without a GPU" if program is not None else "here",
+        "dot_flop": hlo.work(hlo.parse(compiled.as_text() or "")).dot_flop,
         "step_seconds": min(seconds[1:]),
         "finite": bool(metrics["ok"]),
     }
@@ -168,14 +195,15 @@ def main() -> None:
     parser.add_argument("--stage", default="sparse", choices=("sparse", "warmup", "dense"))
     parser.add_argument("--gpu", default="h100", choices=("h100", "h200"))
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--program", type=Path, metavar="FILE.json")
     given = parser.parse_args()
     rows = json.loads(given.json.read_text()) if given.json.exists() else {}
     name = f"{given.stage} {given.gpu}"
     row = rows.setdefault(name, {})
     if given.what == "predict":
-        row["predicted"] = predict(given.stage, given.gpu)
+        row["predicted"] = predict(given.stage, given.gpu, given.program)
     elif given.what == "measure":
-        row["measured"] = measure(given.stage, given.gpu)
+        row["measured"] = measure(given.stage, given.gpu, given.program)
     if "predicted" in row and "measured" in row:
         show(row)
     given.json.write_text(json.dumps(rows, indent=1) + "\n")

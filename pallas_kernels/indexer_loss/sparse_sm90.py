@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 
 from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.indexer_loss import sparse_gradient_sm90, sparse_pairs_sm90
@@ -118,7 +119,8 @@ def backward(residuals: Residuals, g, *, scale: float = 0.0, workspace_bytes: in
     del scale
     width, selected = residuals.ik.shape[2], residuals.indices.shape[2]
     window = max(workspace_bytes, WORKSPACE_BYTES) // (max(selected, 1) * (2 * width + 8))
-    return gradients(residuals, g, window=window)
+    # Of one piece: a remat policy would part it in two, and the sum in place cannot be handed over.
+    return sequential_vmap(functools.partial(gradients, window=window))(residuals, g)
 
 
 def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret: Any = None):

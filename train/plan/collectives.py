@@ -119,8 +119,8 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
 
 
 def _mesh_groups(mesh: str, axes: str) -> np.ndarray:
-    """Groups written as axes of a mesh: `mesh['a'=2,'b'=32] {'b'}`; `'b':(4)8` is the part of b
-    that has 4 times as many groups in front of it as it has members."""
+    """Groups written as axes of a mesh: `mesh['a'=2,'b'=32] {'b'}`. `'b':(4)8` is a part of axis b:
+    its factor of 8 behind a factor of 4."""
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
     wanted = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
     dims: list[int] = []  # every axis in up to three factors: before, the part, behind

@@ -68,6 +68,7 @@ def compile_step(
     backend: Backend,
     on_phase: Callable[[str], None] = lambda phase: None,
     text: Path | None = None,
+    program: Path | None = None,
 ) -> Compiled:
     """Compiles the step of a run in a process of its own.
 
@@ -77,11 +78,12 @@ def compile_step(
         backend: `cuda` for the GPU; `cpu` for as many CPU devices.
         on_phase: called with the name of each phase as it begins.
         text: where to write the compiled program's text; None: nowhere.
+        program: where to write the program itself, as `jax.experimental.serialize_executable` does.
 
     Raises:
         CompileError: the process failed.
     """
-    job = Job(config, gpu.target if backend == "cuda" else None, gpu.per_host, text)
+    job = Job(config, gpu.target if backend == "cuda" else None, gpu.per_host, text, program)
     devices = math.prod(config.mesh.sizes)
     flags = [os.environ.get("XLA_FLAGS", "")]
     if backend == "cpu":

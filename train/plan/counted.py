@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from dsa_jax.counts import attention_matrices, param_count
-from dsa_jax.sharding import AXES, Rules
+from dsa_jax.expert_parallel import ROOM
+from dsa_jax.sharding import AXES, axes_tuple
 from train.config import TrainConfig
 from train.optimizer import make_optimizer
 from train.plan.collectives import Traffic, sent
@@ -103,7 +104,10 @@ def tokens_at_once(config: TrainConfig) -> int:
 
 
 def temporaries(config: TrainConfig, held: State) -> dict[str, int]:
-    """Bytes of a device beside its state, by what they are.
+    """Bytes of a device beside its state at the fullest moment, by what they are.
+
+    That is the backward pass of a layer with experts (in warm-up, its forward pass): the multiples
+    below are how many arrays of a kind are alive then, as compiled programs show.
 
     Args:
         config: resolved, its mesh written out.
@@ -113,21 +117,25 @@ def temporaries(config: TrainConfig, held: State) -> dict[str, int]:
     backward = config.stage is not Stage.WARMUP
     N, F = c.num_attention_heads // sizes["tensor"], c.moe_intermediate_size // sizes["tensor"]
     width = c.latent_dim if config.stage.attention == "sparse" else c.qk_head_dim
-    attention = t * N * (width + c.kv_lora_rank + c.v_head_dim) * _BF16
-    copies = t * c.num_experts_per_tok
-    experts = copies * (2 * c.hidden_size + 3 * F) * _BF16 if c.moe_layers else 0
-    # Of every layer: its input, or with less recomputation some multiple of that.
-    kept = {"none": 8, "dots": 4}.get(config.remat, 1) if backward else 0
-    widest = max(_layer_weights(config), _head_weights(config))
-    weights = _BF16 * (widest + _expert_weights(config)) / sizes["tensor"]
+    attention = t * N * (width + c.kv_lora_rank + c.v_head_dim) * _BF16 * (2 if backward else 1)
+    if config.stage.attention == "dense":
+        # Keys and values of all tokens of a sequence, of this device's heads.
+        keys = t * ways(config.mesh, 1)
+        attention += 2 * keys * N * (c.qk_head_dim + c.v_head_dim) * _BF16
+    rows = t * c.num_experts_per_tok if c.moe_layers else 0
+    if _dealt(config) > 1:
+        rows = int(ROOM * rows)
+    experts = (5 if backward else 3) * rows * (c.hidden_size + F) * _BF16
+    # Of every layer its input in fp32, or with less recomputation some multiple of that.
+    kept = {"none": 8, "dots": 4}.get(config.remat, 1) if backward else 1 / c.num_hidden_layers
+    weights = (_layer_weights(config) + _expert_weights(config)) / sizes["tensor"]
     return {
         # Beside the sum so far stand those of the micro-batch at work.
         "gradients": held.gradient_bytes * (2 if config.micro_batches > 1 else 1),
-        "layers' inputs": kept * c.num_hidden_layers * t * c.hidden_size * _FP32,
-        "one layer's attention": attention * (3 if backward else 1),
-        "one layer's experts": experts * (2 if backward else 1),
-        # With their gradients in fp32.
-        "gathered weights": int(weights * (3 if backward else 1)),
+        "layers' inputs": int(kept * c.num_hidden_layers * t * c.hidden_size * _FP32),
+        "one layer's attention": attention,
+        "one layer's experts": experts,
+        "gathered weights": int(_BF16 * weights),
     }
 
 
@@ -139,7 +147,7 @@ def traffic(config: TrainConfig, per_host: int = 8) -> list[Traffic]:
     gathered; copies of the model sum their gradients once a step.
     """
     c, t, sizes = config.model, tokens_at_once(config), mesh_sizes(config.mesh)
-    rules = Rules()
+    rules = config.rules
     backward = config.stage is not Stage.WARMUP
     forwards = 2 if backward and config.remat in ("full", "selection") else 1
     layers, moe, micro = c.num_hidden_layers, len(c.moe_layers), config.micro_batches
@@ -172,8 +180,7 @@ def _traffic(
     op: str, over: Any, sizes: Mapping[str, int], per_host: int, calls: int, size: float
 ) -> Traffic | None:
     """So many calls over some axes, `size` being the larger side of one call on one device."""
-    over = (over,) if isinstance(over, str) else over or ()
-    axes = tuple(axis for axis in AXES if axis in over and sizes[axis] > 1)
+    axes = tuple(axis for axis in AXES if axis in axes_tuple(over) and sizes[axis] > 1)
     n = math.prod(sizes[axis] for axis in axes)
     if n < 2 or not size:
         return None
@@ -197,10 +204,6 @@ def _layer_weights(config: TrainConfig) -> int:
     return sum(a * b for a, b in attention_matrices(c)) + 3 * c.hidden_size * max(dense, shared)
 
 
-def _head_weights(config: TrainConfig) -> int:
-    return config.model.vocab_size * config.model.hidden_size if config.stage.lm_loss else 0
-
-
 def _all_experts(config: TrainConfig) -> int:
     """Weights of one layer's routed experts."""
     c = config.model
@@ -210,9 +213,10 @@ def _all_experts(config: TrainConfig) -> int:
 def _expert_weights(config: TrainConfig) -> float:
     """Of one layer's routed experts, the weights that a device multiplies with, unless `tensor`
     cuts them."""
-    if not config.model.moe_layers:
-        return 0.0
-    over = Rules().E
-    owners = (over,) if isinstance(over, str) else over or ()
+    return _all_experts(config) / _dealt(config) if config.model.moe_layers else 0.0
+
+
+def _dealt(config: TrainConfig) -> int:
+    """Over how many devices the routed experts are dealt out."""
     sizes = mesh_sizes(config.mesh)
-    return _all_experts(config) / math.prod(sizes[axis] for axis in owners)
+    return math.prod(sizes[axis] for axis in axes_tuple(config.rules.E))

@@ -65,7 +65,7 @@ class Rates:
     # Products with weights, bf16.
     matmul: float = 650.0
     # The experts' grouped products.
-    experts: float = 520.0
+    experts: float = 540.0
     # Dense attention, forward.
     dense_attention: float = 600.0
     # Dense attention, gradient.
@@ -73,13 +73,13 @@ class Rates:
     # Sparse attention, forward: random keys at 128K.
     sparse_attention: float = 550.0
     # Sparse attention, gradient.
-    sparse_attention_gradient: float = 250.0
+    sparse_attention_gradient: float = 260.0
     # The indexer's scores and their top-k in e4m3, a causal sequence at 128K. In bf16 half of it.
     indexer: float = 1000.0
     # The warm-up loss, value and gradient.
-    kl_dense: float = 420.0
+    kl_dense: float = 440.0
     # The sparse stage's loss, value and gradient.
-    kl_sparse: float = 150.0
+    kl_sparse: float = 330.0
     # Share of the data sheet's memory bandwidth that elementwise work reaches.
     hbm_share: float = 0.85
     # GB/s that a GPU sends over NVLink inside a host.

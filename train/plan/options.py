@@ -10,7 +10,7 @@ from typing import Literal
 
 from dsa_jax import presets
 from dsa_jax.config import ModelConfig
-from dsa_jax.sharding import AXES, MeshConfig, batch_spec
+from dsa_jax.sharding import AXES, MeshConfig, axes_tuple, batch_spec
 from train.config import OptimizerConfig, TrainConfig
 from train.plan.hardware import GPUS, Gpu, Rates
 from train.stages import Stage
@@ -50,8 +50,8 @@ class PlanOptions:
     # Try every mesh of so many devices, and compile the best ones until one fits.
     search: bool = False
     # `cuda` compiles for the GPUs named, which needs JAX's CUDA plugin and no GPU; `cpu` compiles
-    # for as many CPU devices, without the kernels; `none` only counts. `auto`: `cuda`, or `cpu`
-    # where the plugin is missing.
+    # for as many CPU devices, without the kernels; `none` only counts. `auto`: `cuda`; where the
+    # plugin is missing `cpu` for up to 16 devices and `none` above.
     compile: Literal["auto", "cuda", "cpu", "none"] = "auto"
     # Write the compiled program here, as XLA prints it.
     text: Path | None = None
@@ -173,8 +173,7 @@ def ways(mesh: MeshConfig, dimension: int) -> int:
 
 
 def _axes(dimension: int) -> tuple[str, ...]:
-    axes = batch_spec()[dimension]
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    return axes_tuple(batch_spec()[dimension])
 
 
 def _over(mesh: MeshConfig, dimension: int) -> str:

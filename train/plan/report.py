@@ -28,6 +28,8 @@ Source = Literal["compiled", "compiled for CPU", "counted", "assumed"]
 
 # Meshes that a search compiles before it gives up.
 _TRIES = 3
+# Without the plugin, this many CPU devices are compiled for; what is larger is counted.
+_CPU_DEVICES = 16
 
 
 class Figure(NamedTuple):
@@ -141,7 +143,7 @@ def make(
                 lambda phase, prefix=prefix: on_phase(prefix + phase),
                 options.text,
             )
-        report = _assemble(options, candidate, compiled, candidates if options.search else [])
+        report = assemble(options, candidate, compiled, candidates if options.search else [])
         if best is None or report.bytes < best.bytes or report.fits:
             best = report
         if report.fits:
@@ -162,15 +164,23 @@ def _backend(options: PlanOptions) -> Backend | None:
             "compile='cuda' needs JAX's CUDA plugin, which needs no GPU: "
             "pip install 'dsa-jax[cuda13]', or compile='cpu' or 'none'"
         )
-    return "cpu"
+    return "cpu" if options.devices <= _CPU_DEVICES else None
 
 
-def _assemble(
+def assemble(
     options: PlanOptions,
     candidate: Candidate,
     compiled: Compiled | None,
     candidates: list[Candidate],
 ) -> Report:
+    """The plan of one mesh.
+
+    Args:
+        options: resolved.
+        candidate: the run on the mesh, and what arithmetic says of it.
+        compiled: what the compiler says; None: nothing was compiled.
+        candidates: to be listed beside it.
+    """
     gpu, config = options.hardware, candidate.config
     source: Source = "counted"
     traffic = counted.traffic(config, gpu.per_host)
@@ -293,7 +303,10 @@ def _published(config: TrainConfig) -> bool:
 def _notes(config: TrainConfig, compiled: Compiled | None) -> list[str]:
     notes = []
     if compiled is None:
-        notes.append("nothing was compiled: temporaries and collectives are arithmetic")
+        notes.append(
+            "nothing was compiled: temporaries and collectives are arithmetic; JAX's CUDA plugin, "
+            "which needs no GPU, compiles the step"
+        )
         return notes
     if compiled.backend == "cpu":
         notes.append(

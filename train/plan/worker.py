@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding
 
 from dsa_jax.sharding import batch_spec, make_mesh
@@ -38,12 +39,14 @@ class Job(NamedTuple):
         target: the GPU as XLA describes one; None compiles for the CPU devices of this process.
         per_host: GPUs joined by NVLink.
         text: where to write the compiled program's text; None: nowhere.
+        program: where to write the program itself, to run it where there is a GPU.
     """
 
     config: TrainConfig
     target: str | None
     per_host: int
     text: Path | None = None
+    program: Path | None = None
 
 
 def devices(job: Job) -> list[Any]:
@@ -93,6 +96,8 @@ def compile(job: Job) -> dict[str, Any]:
         raise RuntimeError("the compiler tells neither its program nor its memory")
     if job.text is not None:
         job.text.write_text(text)
+    if job.program is not None:
+        job.program.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
     program = hlo.parse(text)
     return {
         "seconds": time.perf_counter() - began,

@@ -1,0 +1,79 @@
+"""Plans that compile: for eight CPU devices everywhere, for eight H100s with JAX's CUDA plugin."""
+
+import pytest
+
+from dsa_jax import presets
+from dsa_jax.sharding import MeshConfig
+from train.plan import PlanOptions, make, report
+from train.plan.compiled import CompileError, compile_step, plugin_found
+from train.plan.hardware import GPUS
+from train.plan.options import train_config
+from train.stages import Stage
+
+
+def small(mesh, **changes):
+    """Two dense layers: little to compile."""
+    model = presets.get("tiny").without_indexer().replace(
+        num_hidden_layers=2, first_k_dense_replace=2
+    )  # fmt: skip
+    options = PlanOptions(
+        preset="tiny", stage=Stage.DENSE, mesh=mesh, sequence_length=64, batch_size=16, steps=10,
+        **changes,
+    )  # fmt: skip
+    return options, model
+
+
+def check(found, source):
+    assert found.fits
+    assert {figure.source for figure in found.memory} == {"counted", source}
+    compiled = found.compiled
+    held = found.state.parameter_bytes + found.state.optimizer_bytes
+    batch = 4 * 4 * 16 * 64 / 8  # four arrays of int32, two sequences in four parts
+    assert compiled.memory["arguments"] == pytest.approx(held + batch, abs=16)
+    assert compiled.memory["temporaries"] > found.state.gradient_bytes
+    by_axes = {one.axes for one in found.traffic}
+    assert ("context",) in by_axes, "keys are gathered"
+    assert any("fsdp" in axes for axes in by_axes), "weights are gathered"
+    assert all(one.group <= 8 for one in found.traffic)
+    gathered = sum(one.bytes_sent for one in found.traffic if one.op == "all-gather")
+    assert gathered > 0
+    assert found.estimate.network > 0
+
+
+def test_compiled_for_cpu_devices():
+    options, model = small(MeshConfig(fsdp=2, context=4), compile="cpu")
+    phases = []
+    found = make(options, phases.append, model)
+    check(found, "compiled for CPU")
+    assert phases == ["tracing", "compiling", "reading the program"]
+    assert any("compiled for CPU devices" in note for note in found.notes)
+    assert report.to_json(found)["compile_seconds"] > 0
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(not plugin_found(), reason="needs JAX's CUDA plugin")
+def test_a_compile_that_fails_says_why():
+    options, model = small(MeshConfig(context=2))
+    config = train_config(options.resolved(), model, options.mesh)
+    wrong = GPUS["h100"]._replace(name='"')  # breaks the description
+    with pytest.raises(CompileError, match="compiling for 2 devices"):
+        compile_step(config, wrong, "cuda")
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(not plugin_found(), reason="needs JAX's CUDA plugin")
+def test_compiled_for_h100s():
+    options, model = small(MeshConfig(fsdp=2, context=4), compile="cuda")
+    found = make(options, model=model)
+    check(found, "compiled")
+    assert found.compiled is not None
+    assert found.compiled.work.dot_flop > 0
+
+
+def test_the_gpus_need_the_plugin(monkeypatch):
+    monkeypatch.setattr(report, "plugin_found", lambda: False)
+    options, model = small(MeshConfig(context=2), compile="cuda")
+    with pytest.raises(ValueError, match=r"compile='cuda' needs JAX's CUDA plugin.*compile='cpu'"):
+        make(options, model=model)
+    many = PlanOptions(devices=256, mesh=MeshConfig(expert=16, context=16))
+    assert make(many).compiled is None, "hundreds of CPU devices are not compiled for"

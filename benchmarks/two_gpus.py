@@ -92,8 +92,9 @@ class Sizes(NamedTuple):
 def sizes(tiny: bool) -> Sizes:
     """Layers of DeepSeek-V3.2-Exp at 4096 wide, with fewer and narrower experts.
 
-    Attention and indexer have its sizes but for `index_topk`. With fp32 masters, AdamW and
-    gradients the large one takes 16 bytes for each of 9.5e9 parameters, more than an H200 has.
+    Attention and indexer have its sizes but for `index_topk`. Masters, AdamW and gradients of the
+    large one take 16 bytes for each of 6.2e9 parameters, and a step's temporaries about as much
+    again: more than an H200 has.
     """
     if tiny:
         small = presets.get("tiny").replace(num_hidden_layers=2)
@@ -109,7 +110,7 @@ def sizes(tiny: bool) -> Sizes:
         num_nextn_predict_layers=0,
     )
     small = layer.replace(num_hidden_layers=3, n_routed_experts=16)
-    return Sizes(small, layer.replace(num_hidden_layers=6, n_routed_experts=64), 2, 8192)
+    return Sizes(small, layer.replace(num_hidden_layers=6, n_routed_experts=40), 2, 8192)
 
 
 class Program(NamedTuple):
@@ -354,7 +355,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="two CPU devices, tiny models")
     parser.add_argument("--parts", nargs="+", default=["small", "checkpoint", "large"])
     parser.add_argument("--steps", type=int, default=4, help="of each program, the first untimed")
-    parser.add_argument("--seconds", type=float, default=140, help="begin nothing after these")
+    parser.add_argument("--seconds", type=float, default=115, help="begin nothing after these")
     options = parser.parse_args()
     if jax.device_count() < 2:
         print(f"two devices are needed, there is {jax.device_count()}", file=sys.stderr)

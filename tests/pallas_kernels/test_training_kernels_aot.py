@@ -10,7 +10,7 @@ SPILL_BYTES = {
     "dense_attention:forward_256": 0,
     "dense_attention:forward_128": 0,
     "dense_attention:backward": 192,
-    "dense_attention:backward_128": 0,
+    "dense_attention:backward_128": 40,
     "grouped_matmul:rows": 0,
     "grouped_matmul:rows_transposed": 0,
     "grouped_matmul:weights": 0,

@@ -23,6 +23,7 @@ OPS = {
     "indexer_kl_dense": ("benchmarks.indexer_loss:dense", "bf16"),
     "grouped_matmul": ("benchmarks.grouped:products", "bf16"),
     "sparse_attention": ("benchmarks.sparse_attention:forward", "bf16"),
+    "sparse_attention_decode": ("benchmarks.sparse_attention:decode", "bf16"),
     "sparse_attention_grad": ("benchmarks.sparse_attention_grad:rows", "bf16"),
 }
 

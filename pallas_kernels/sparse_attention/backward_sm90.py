@@ -1,10 +1,14 @@
 """The backward of sparse attention on Hopper, bit-equal between runs.
 
-Three kernels for a window of queries after another, as many as the workspace holds:
+What is computed, for a window of queries after another, as many as the workspace holds:
 
     weights_sm90    P and dS, [window, N, K] in bf16
-    products_sm90   dQ = dS K, and for every query and selected key the row dS^T Q + P^T dO, in bf16
+    dq_sm90         dQ = dS K
+    rows_sm90       for every query and selected key the row dS^T Q + P^T dO, in bf16
     sum_rows_sm90   dKV: the rows of each key added up in fp32, in the order of the queries
+
+P and dS of a window and the sums of the one before run side by side in `weights_and_sums_sm90`:
+the ones keep the tensor core busy, the others wait for the memory.
 
 Adding rows where they belong with atomics would take as long: a fp32 row costs 2.3 KB of atomic
 traffic, a bf16 row 1.15 KB written and 1.15 KB read; and atomics slow down to a third once dKV is
@@ -22,10 +26,10 @@ from jax import lax
 
 from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.sparse_attention import (
+    dq_sm90,
     forward_sm90,
-    products_sm90,
-    sum_rows_sm90,
-    weights_sm90,
+    rows_sm90,
+    weights_and_sums_sm90,
 )
 from pallas_kernels.sparse_attention.backward_lists import BLOCK, ascending, pairs_by_block
 from pallas_kernels.tiling import vary_like
@@ -81,32 +85,38 @@ def gradients(
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
     window = _even(total, max(1, window * split), sms)
     options = {"window": window, "queries": queries * split, "rows": rows, "sms": sms}
-    # The kernels write all of both: nothing has to be there before.
+    # The kernels write all of these: nothing has to be there before.
     dq = jax.new_ref(lax.empty((total, some, width), q.dtype))
     sums = jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
+    added = jax.new_ref(lax.empty((window * indices.shape[1], width), q.dtype))
 
-    def step(first):
-        start = first.reshape(1)
-        weights, dscores = weights_sm90.weights_and_dscores(
-            start, q, dout, out, lse, dlse, keys, indices, scale=scale, **options,
-            interpret=interpret,
-        )  # fmt: skip
-        added = products_sm90.dq_and_rows(
-            start, q, dout, keys, indices, weights, dscores, dq, **options, interpret=interpret
-        )
+    def lists_of(first):
         number = first + jnp.arange(window)
-        mine = jnp.take(indices, number, axis=0, mode="fill", fill_value=rows)
+        exists = (number >= 0) & (number < total)
+        mine = jnp.take(indices, jnp.where(exists, number, 0), axis=0)
         key = mine + (number // (queries * split) * rows)[:, None]  # in all rows of the batch
-        key = jnp.where(mine < rows, key, blocks * BLOCK)
-        lists = pairs_by_block(key, blocks=blocks)
-        added = added.reshape(-1, width)
-        sum_rows_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
+        key = jnp.where(exists[:, None] & (mine < rows), key, blocks * BLOCK)
+        return pairs_by_block(key, blocks=blocks)
 
-    firsts = jnp.arange(0, total, window, dtype=jnp.int32)
-    if len(firsts) == 1:
-        step(firsts[0])
-    else:
-        lax.scan(lambda _, first: (None, step(first)), None, firsts)
+    def step(_, first):
+        start = first.reshape(1)
+        weights, dscores = weights_and_sums_sm90.weights_and_sums(
+            start, q, dout, out, lse, dlse, keys, indices, added, lists_of(first - window), sums,
+            scale=scale, **options, interpret=interpret,
+        )  # fmt: skip
+        dq_sm90.dq_of_queries(start, keys, indices, dscores, dq, **options, interpret=interpret)
+        rows_sm90.rows_of_queries(
+            start, q, dout, weights, dscores, added, window=window, sms=sms, interpret=interpret
+        )
+        return None, None
+
+    # The last step has no queries, only the sums of those of the step before.
+    firsts = window * jnp.arange(-(-total // window) + 1, dtype=jnp.int32)
+    if interpret is None:
+        lax.scan(step, None, firsts)
+    else:  # two interpreted kernels in one program wait for each other
+        for first in firsts:
+            step(None, first)
     # The kernels do not tell over which mesh axes their results vary.
     dq, dkv = vary_like((jax.freeze(dq), jax.freeze(sums).sum(0)), (q, kv))
     dq = dq.reshape(batch, queries, -1, width)[:, :, :heads]

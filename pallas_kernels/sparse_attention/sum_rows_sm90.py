@@ -59,6 +59,12 @@ class Plan:
     cta: Any  # this one's number among those that do this
     ctas: Any
     interpret: bool
+    tiles: int = TILES  # in the ring, at most
+
+    @property
+    def index_slots(self) -> int:
+        """Places for the pairs of a tile: one more than tiles that may be on their way."""
+        return self.tiles + 1
 
     @property
     def part(self) -> int:
@@ -67,8 +73,8 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """Of the ring: no more than what `INDEX_SLOTS` are enough for; a tile, at least."""
-        return min(RING, TILES * (self.width // self.part))
+        """Of the ring: no more than what `index_slots` are enough for; a tile, at least."""
+        return min(RING, self.tiles * (self.width // self.part))
 
     def columns(self, side: int) -> list[list[tuple[int, int]]]:
         """Start and width in each part of a tile of what a side adds up."""
@@ -86,9 +92,7 @@ class Shared:
     """SMEM and barriers."""
 
     ring: Any  # bf16 [slots or more, 64, part]
-    picked: (
-        Any  # i32 [2 INDEX_SLOTS or more, 64]: pairs, and which keys of the block they belong to
-    )
+    picked: Any  # i32 [2 index slots or more, 64]: pairs, and which keys of the block they are of
     listed: Any  # both are there
     freed: Any  # LEFT and RIGHT have added what the slot holds
     started: Any
@@ -115,7 +119,7 @@ def load(plan: Plan, first_tile, tile_count, rows, pairs, keys, s: Shared):
 
     def fetch(tile, index_slot):
         some = pl.ds(tile * PAIRS, PAIRS)
-        for source, row in ((pairs, index_slot), (keys, INDEX_SLOTS + index_slot)):
+        for source, row in ((pairs, index_slot), (keys, plan.index_slots + index_slot)):
             plgpu.copy_gmem_to_smem(source.at[some], s.picked.at[row], s.listed.at[index_slot])
 
     def unit(_, first, end, carry):
@@ -135,7 +139,7 @@ def load(plan: Plan, first_tile, tile_count, rows, pairs, keys, s: Shared):
 
                     @pl.when(t + 1 < end)
                     def _():
-                        fetch(t + 1, next_slot(index_slot, INDEX_SLOTS))
+                        fetch(t + 1, next_slot(index_slot, plan.index_slots))
 
                     plgpu.barrier_wait(s.listed.at[index_slot])
                 gather_rows(
@@ -151,7 +155,7 @@ def load(plan: Plan, first_tile, tile_count, rows, pairs, keys, s: Shared):
                     arrive=True,
                 )
                 slot, filled = next_slot(slot, plan.slots), filled + 1
-            return slot, filled, next_slot(index_slot, INDEX_SLOTS)
+            return slot, filled, next_slot(index_slot, plan.index_slots)
 
         return lax.fori_loop(first, end, tile, carry)
 
@@ -168,7 +172,9 @@ def add(plan: Plan, side, first_tile, tile_count, fresh, sums, s: Shared):
     def tile(_, carry):
         accumulators, slot, phases, index_slot = carry
         plgpu.barrier_wait(s.listed.at[index_slot])
-        key = plgpu.load(s.picked.at[INDEX_SLOTS + index_slot], layout=plgpu.Layout.WGMMA.reduce(0))
+        key = plgpu.load(
+            s.picked.at[plan.index_slots + index_slot], layout=plgpu.Layout.WGMMA.reduce(0)
+        )
         key = lax.broadcast_in_dim(key, (BLOCK, PAIRS), (1,))
         row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, PAIRS), 0, layout=plgpu.Layout.WGMMA)
         is_key = jnp.where(key == row, 1.0, 0.0).astype(jnp.bfloat16)
@@ -185,7 +191,7 @@ def add(plan: Plan, side, first_tile, tile_count, fresh, sums, s: Shared):
         warpgroup_barrier(plan.interpret)
         for one in slots:
             plgpu.barrier_arrive(s.freed.at[one])
-        return accumulators, slot, phases, next_slot(index_slot, INDEX_SLOTS)
+        return accumulators, slot, phases, next_slot(index_slot, plan.index_slots)
 
     def unit(number, first, end, carry):
         block = lax.div(number, jnp.int32(plan.parts))

@@ -7,8 +7,9 @@ What is computed, for a window of queries after another, as many as the workspac
     rows_sm90       for every query and selected key the row dS^T Q + P^T dO, in bf16
     sum_rows_sm90   dKV: the rows of each key added up in fp32, in the order of the queries
 
-P and dS of a window and the sums of the one before run side by side in `weights_and_sums_sm90`:
-the ones keep the tensor core busy, the others wait for the memory.
+P and dS and the sums are one kernel, `weights_and_sums_sm90`: where the keys stay in the L2, P and
+dS of a window run beside the sums of the one before. The ones keep the tensor core busy, the others
+wait for the memory.
 
 Adding rows where they belong with atomics would take as long: a fp32 row costs 2.3 KB of atomic
 traffic, a bf16 row 1.15 KB written and 1.15 KB read; and atomics slow down to a third once dKV is
@@ -37,6 +38,9 @@ from pallas_kernels.tiling import vary_like
 TILES = 128  # selected keys, of which the kernels take two tiles at a time
 # A window costs a pass over dKV in fp32 and the ends of three kernels, so that few are better.
 WORKSPACE_BYTES = 4 * 2**30
+L2_BYTES = 50 * 2**20
+SUMMING = 24, 66
+"""How many clusters of how many add up rows beside those of P and dS."""
 
 
 def unsupported(q, kv, *, value_width: int) -> str | None:
@@ -59,9 +63,13 @@ def backward(
 
 
 def gradients(
-    q, kv, indices, out, lse, dout, dlse, *, scale, window, sms: int = 132, interpret=None
-):
-    """The gradients of q, and of kv in f32, with at most so many queries in a window."""
+    q, kv, indices, out, lse, dout, dlse, *,
+    scale, window, sms: int = 132, beside: bool | None = None, interpret=None,
+):  # fmt: skip
+    """The gradients of q, and of kv in f32, with at most so many queries in a window.
+
+    `beside` says whether sums run beside P and dS; by default where that is faster.
+    """
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     finite = jnp.isfinite(lse)  # a query without keys gives no gradient, and takes none
@@ -98,20 +106,42 @@ def gradients(
         key = jnp.where(exists[:, None] & (mine < rows), key, blocks * BLOCK)
         return pairs_by_block(key, blocks=blocks)
 
-    def step(_, first):
-        start = first.reshape(1)
-        weights, dscores = weights_and_sums_sm90.weights_and_sums(
-            start, q, dout, out, lse, dlse, keys, indices, added, lists_of(first - window), sums,
+    clusters = weights_and_sums_sm90.clusters(some, sms)
+
+    def weights_and_sums(first, summing, begins, lists):
+        work = jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, summing, begins)])
+        return weights_and_sums_sm90.weights_and_sums(
+            work, q, dout, out, lse, dlse, keys, indices, added, lists, sums,
             scale=scale, **options, interpret=interpret,
         )  # fmt: skip
+
+    def products(first, weights, dscores):
+        start = first.reshape(1)
         dq_sm90.dq_of_queries(start, keys, indices, dscores, dq, **options, interpret=interpret)
         rows_sm90.rows_of_queries(
             start, q, dout, weights, dscores, added, window=window, sms=sms, interpret=interpret
         )
+
+    def side_by_side(_, first):
+        """P and dS of a window beside the sums of the one before, which the first does not have."""
+        summing = max(1, clusters * SUMMING[0] // SUMMING[1])
+        summing = jnp.where(first == 0, 0, jnp.where(first < total, summing, clusters))
+        lists = lists_of(first - window)
+        products(first, *weights_and_sums(first, summing, first == window, lists))
         return None, None
 
-    # The last step has no queries, only the sums of those of the step before.
-    firsts = window * jnp.arange(-(-total // window) + 1, dtype=jnp.int32)
+    def in_turn(_, first):
+        lists = lists_of(first)
+        products(first, *weights_and_sums(first, 0, 0, lists))
+        weights_and_sums(total, clusters, first == 0, lists)
+        return None, None
+
+    steps = -(-total // window)
+    # Rows that pass through the L2 drive keys out of it.
+    beside = keys.nbytes <= L2_BYTES // 2 if beside is None else beside
+    # Side by side the last step has no queries, only the sums of those of the step before.
+    firsts = window * jnp.arange(steps + 1 if beside else steps, dtype=jnp.int32)
+    step = side_by_side if beside else in_turn
     if interpret is None:
         lax.scan(step, None, firsts)
     else:  # two interpreted kernels in one program wait for each other

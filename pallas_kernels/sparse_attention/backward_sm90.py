@@ -19,7 +19,9 @@ roundings of a key's rows are independent and so weigh less in their sum than it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,72 +85,38 @@ def gradients(
         x = jnp.pad(x, [(0, 0), (0, 0), (0, some * split - heads)] + [(0, 0)] * (x.ndim - 3))
         return x.reshape(batch * queries * split, some, *x.shape[3:])
 
-    q, dout, out, lse, dlse = (by_query(x) for x in (q, dout, out, lse, dlse))
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % TILES)), constant_values=-1)
     indices = ascending(indices.reshape(batch * queries, -1), rows)
     indices = jnp.repeat(indices, split, axis=0)
-    total = indices.shape[0]
-    keys = kv.reshape(-1, width)
-    blocks = -(-keys.shape[0] // BLOCK)
+    total, selected = indices.shape
+    blocks = -(-batch * rows // BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
     window = _even(total, max(1, window * split), sms)
-    options = {"window": window, "queries": queries * split, "rows": rows, "sms": sms}
-    # The kernels write all of these: nothing has to be there before.
-    dq = jax.new_ref(lax.empty((total, some, width), q.dtype))
-    sums = jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
-    added = jax.new_ref(lax.empty((window * indices.shape[1], width), q.dtype))
-
-    def lists_of(first):
-        number = first + jnp.arange(window)
-        exists = (number >= 0) & (number < total)
-        mine = jnp.take(indices, jnp.where(exists, number, 0), axis=0)
-        key = mine + (number // (queries * split) * rows)[:, None]  # in all rows of the batch
-        key = jnp.where(exists[:, None] & (mine < rows), key, blocks * BLOCK)
-        return pairs_by_block(key, blocks=blocks)
-
-    clusters = weights_and_sums_sm90.clusters(some, sms)
-
-    def weights_and_sums(first, summing, begins, lists):
-        work = jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, summing, begins)])
-        return weights_and_sums_sm90.weights_and_sums(
-            work, q, dout, out, lse, dlse, keys, indices, added, lists, sums,
-            scale=scale, **options, interpret=interpret,
-        )  # fmt: skip
-
-    def products(first, weights, dscores):
-        start = first.reshape(1)
-        dq_sm90.dq_of_queries(start, keys, indices, dscores, dq, **options, interpret=interpret)
-        rows_sm90.rows_of_queries(
-            start, q, dout, weights, dscores, added, window=window, sms=sms, interpret=interpret
-        )
-
-    def side_by_side(_, first):
-        """P and dS of a window beside the sums of the one before, which the first does not have."""
-        summing = max(1, clusters * SUMMING[0] // SUMMING[1])
-        summing = jnp.where(first == 0, 0, jnp.where(first < total, summing, clusters))
-        lists = lists_of(first - window)
-        products(first, *weights_and_sums(first, summing, first == window, lists))
-        return None, None
-
-    def in_turn(_, first):
-        lists = lists_of(first)
-        products(first, *weights_and_sums(first, 0, 0, lists))
-        weights_and_sums(total, clusters, first == 0, lists)
-        return None, None
-
-    steps = -(-total // window)
+    call = _Call(
+        arrays=(*(by_query(x) for x in (q, dout, out, lse, dlse)), kv.reshape(-1, width), indices),
+        # The kernels write all of these: nothing has to be there before.
+        dq=jax.new_ref(lax.empty((total, some, width), q.dtype)),
+        sums=jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32)),
+        added=jax.new_ref(lax.empty((window * selected, width), q.dtype)),
+        scale=scale,
+        options={"sms": sms, "interpret": interpret, "window": window},
+        queries=queries * split,
+        rows=rows,
+        total=total,
+    )
     # Rows that pass through the L2 drive keys out of it.
-    beside = keys.nbytes <= L2_BYTES // 2 if beside is None else beside
+    beside = kv.nbytes <= L2_BYTES // 2 if beside is None else beside
     # Side by side the last step has no queries, only the sums of those of the step before.
-    firsts = window * jnp.arange(steps + 1 if beside else steps, dtype=jnp.int32)
-    step = side_by_side if beside else in_turn
+    steps = -(-total // window) + beside
+    firsts = window * jnp.arange(steps, dtype=jnp.int32)
+    step = call.side_by_side if beside else call.in_turn
     if interpret is None:
-        lax.scan(step, None, firsts)
+        lax.scan(lambda _, first: (None, step(first)), None, firsts)
     else:  # two interpreted kernels in one program wait for each other
         for first in firsts:
-            step(None, first)
+            step(first)
     # The kernels do not tell over which mesh axes their results vary.
-    dq, dkv = vary_like((jax.freeze(dq), jax.freeze(sums).sum(0)), (q, kv))
+    dq, dkv = vary_like((jax.freeze(call.dq), jax.freeze(call.sums).sum(0)), (q, kv))
     dq = dq.reshape(batch, queries, -1, width)[:, :, :heads]
     return dq, dkv[: batch * rows].reshape(batch, rows, width)
 
@@ -158,3 +126,65 @@ def _even(total: int, limit: int, sms: int) -> int:
     window = -(-total // -(-total // min(limit, total)))
     filling = -(-window // sms) * sms
     return filling if filling <= min(limit, total) else window
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What the windows of a call have in common. Queries are those of all rows of the batch."""
+
+    arrays: tuple[Any, ...]  # q, dO, O, lse in base 2, dlse, by query and head; keys; selections
+    dq: Any  # a ref
+    sums: Any  # a ref: parts of dKV
+    added: Any  # a ref: rows of a window
+    scale: float
+    options: dict[str, Any]
+    queries: int  # of a row of the batch
+    rows: int  # keys of a row of the batch
+    total: int  # queries
+
+    def side_by_side(self, first) -> None:
+        """P and dS of a window beside the sums of the one before, which the first does not have."""
+        window = self.options["window"]
+        some = max(1, self._clusters() * SUMMING[0] // SUMMING[1])
+        some = jnp.where(first == 0, 0, jnp.where(first < self.total, some, self._clusters()))
+        lists = self._lists(first - window)
+        self._products(first, *self._weights_and_sums(first, some, first == window, lists))
+
+    def in_turn(self, first) -> None:
+        """P and dS of a window, then its sums."""
+        lists = self._lists(first)
+        self._products(first, *self._weights_and_sums(first, 0, 0, lists))
+        self._weights_and_sums(self.total, self._clusters(), first == 0, lists)
+
+    def _clusters(self) -> int:
+        return weights_and_sums_sm90.clusters(self.arrays[0].shape[1], self.options["sms"])
+
+    def _lists(self, first):
+        """Those of a window; empty ones before the first."""
+        *_, keys, indices = self.arrays
+        blocks = -(-keys.shape[0] // BLOCK)
+        number = first + jnp.arange(self.options["window"])
+        exists = (number >= 0) & (number < self.total)
+        mine = jnp.take(indices, jnp.where(exists, number, 0), axis=0)
+        key = mine + (number // self.queries * self.rows)[:, None]  # in all rows of the batch
+        key = jnp.where(exists[:, None] & (mine < self.rows), key, blocks * BLOCK)
+        return pairs_by_block(key, blocks=blocks)
+
+    def _weights_and_sums(self, first, summing, begins, lists):
+        q, dout, out, lse, dlse, keys, indices = self.arrays
+        work = jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, summing, begins)])
+        return weights_and_sums_sm90.weights_and_sums(
+            work, q, dout, out, lse, dlse, keys, indices, self.added, lists, self.sums,
+            scale=self.scale, queries=self.queries, rows=self.rows, **self.options,
+        )  # fmt: skip
+
+    def _products(self, first, weights, dscores) -> None:
+        q, dout, *_, keys, indices = self.arrays
+        start = first.reshape(1)
+        dq_sm90.dq_of_queries(
+            start, keys, indices, dscores, self.dq,
+            queries=self.queries, rows=self.rows, **self.options,
+        )  # fmt: skip
+        rows_sm90.rows_of_queries(
+            start, q, dout, weights, dscores, self.added, **self.options
+        )  # fmt: skip

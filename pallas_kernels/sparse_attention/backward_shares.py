@@ -40,6 +40,22 @@ def strided_loop(total, body, carry, *, mine, ctas):
     return lax.fori_loop(0, count, lambda i, c: body(mine + i * ctas, c), carry)
 
 
+def swept(number, tile, tiles: int, together: int):
+    """The tile that comes `tile`th in a query: every second time the tiles are taken backwards.
+
+    Selections rise, so that queries that are computed at the same time want the same keys at about
+    the same time; what they wanted last is in the L2 when the next ones begin with it.
+
+    Args:
+        number: of the query among all.
+        tile: below `tiles`.
+        tiles: of a query.
+        together: how many queries are computed at the same time.
+    """
+    backwards = lax.rem(lax.div(number, jnp.int32(together)), jnp.int32(2)) == 1
+    return jnp.where(backwards, tiles - 1 - tile, tile)
+
+
 def drain(freed, slot, filled, slots: int):
     """Waits until what was put into a ring last has been read.
 

@@ -34,6 +34,7 @@ from pallas_kernels.sparse_attention.backward_shares import (
     drain,
     next_slot,
     share_columns,
+    swept,
 )
 
 HEADS = 64  # of a warpgroup
@@ -71,8 +72,11 @@ class _Shared:
 def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
     """LOADER."""
 
+    def at(query, tile):
+        return swept(first + query, tile, plan.tiles, plan.lanes)
+
     def fetch_indices(query, tile, index_slot):
-        source = indices.at[first + query, pl.ds(tile * KEYS, KEYS)]
+        source = indices.at[first + query, pl.ds(at(query, tile) * KEYS, KEYS)]
         plgpu.copy_gmem_to_smem(source, s.picked.at[index_slot], s.picked_full.at[index_slot])
 
     def tile(query, j, carry):
@@ -87,7 +91,8 @@ def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
         def _():
             plgpu.barrier_wait(s.freed.at[slot])
 
-        plgpu.copy_gmem_to_smem(dscores.at[query, j], s.ds_tile.at[slot], s.full.at[slot])
+        source = dscores.at[query, at(query, j)]
+        plgpu.copy_gmem_to_smem(source, s.ds_tile.at[slot], s.full.at[slot])
         plgpu.barrier_wait(s.picked_full.at[index_slot])
         gather_rows(
             kv,

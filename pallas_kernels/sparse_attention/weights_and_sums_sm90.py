@@ -5,8 +5,7 @@
 
 Two kinds of CTA side by side: those of `weights_sm90` compute P and dS of a window and keep the
 tensor core busy; those of `sum_rows_sm90` add up what the window before gives dKV and wait for the
-memory, for which a third of the SMs ask as well as all of them. The first window has no sums before
-it, the last sums no window after them: there all CTAs are of one kind.
+memory. How many are of which kind is for the caller to say, none of one kind included.
 
 SMEM at 576 columns: 8 x 24,576 of ring, 2 x 2 x 8,192 of P and dS on their way out, 2,048 of
 indices. Registers of a thread: 232 where it multiplies, 40 where it loads.
@@ -30,8 +29,6 @@ KEYS = 64  # of a tile
 HEADS = 64  # of a CTA
 SLOTS, INDEX_SLOTS = weights_sm90.SLOTS, weights_sm90.INDEX_SLOTS
 LOADER = 2
-SUM_CLUSTERS = 18, 66
-"""How many clusters of how many add up."""
 
 
 def _run_weights(plan, role, first, inputs, outputs, shared):
@@ -55,13 +52,12 @@ def _run_sums(plan, role, fresh, rows, lists, sums, shared):
         sum_rows_sm90.add(plan, role, first_tile, tile_count, fresh, sums, s)
 
 
-def _kernel(first, *refs, plans, clusters: int, own, listed, landed=None, **shared):
+def _kernel(work, *refs, plans, clusters: int, own, listed, landed=None, **shared):
     inputs, rows, lists, sums, outputs = refs[:7], refs[7], refs[8:12], refs[12], refs[13:]
     make_weights_plan, make_sums_plan = plans
-    start, role = first[0], lax.axis_index("role")
+    start, role = work[0], lax.axis_index("role")
     weights_plan = make_weights_plan(0, 0)
-    some = max(1, clusters * SUM_CLUSTERS[0] // SUM_CLUSTERS[1])
-    summing = jnp.where(start >= weights_plan.total, clusters, jnp.where(start == 0, 0, some))
+    summing, fresh = work[1], work[2] == 1
     cluster = lax.axis_index("cluster")
     words = shared["picked"] if landed is None else landed
     landing = Landing(words, 4 * INDEX_SLOTS * KEYS, SLOTS, weights_plan.interpret)
@@ -76,7 +72,7 @@ def _kernel(first, *refs, plans, clusters: int, own, listed, landed=None, **shar
                 cluster * weights_plan.cluster + lax.axis_index("half"),
                 summing * weights_plan.cluster,
             )
-            _run_sums(plan, number, start == weights_plan.window, rows, lists, sums, common)
+            _run_sums(plan, number, fresh, rows, lists, sums, common)
 
         @pl.when(cluster >= summing)
         def _():
@@ -94,14 +90,25 @@ def _kernel(first, *refs, plans, clusters: int, own, listed, landed=None, **shar
             run(number)
 
 
+def _cluster(heads: int) -> int:
+    """CTAs of a cluster."""
+    return 2 if heads // HEADS % 2 == 0 else 1
+
+
+def clusters(heads: int, sms: int) -> int:
+    """How many clusters there are, for so many heads, padded."""
+    return max(2, sms // _cluster(heads))
+
+
 def weights_and_sums(
-    first, q, dout, out, lse, dlse, kv, indices, added, lists, sums, *,
+    work, q, dout, out, lse, dlse, kv, indices, added, lists, sums, *,
     window, queries, rows, scale, sms, interpret=None,
 ):  # fmt: skip
-    """P and dS of a window, bf16 `[window, K / 64, N, 64]`; adds up what the window before gave.
+    """P and dS of a window, bf16 `[window, K / 64, N, 64]`; and sums of rows.
 
     Args:
-        first: i32 `[1]`, the first query of the window; no query where it is past the last one.
+        work: i32 `[3]`: the first query of the window; how many of the `clusters` add rows up; 1 if
+            the sums begin with them, whatever `sums` holds, 0 if they go on.
         q: bf16 `[all queries, N, C + R]`, N a multiple of 64.
         dout: bf16 `[all queries, N, C]`.
         out: O, as dO.
@@ -109,11 +116,10 @@ def weights_and_sums(
         dlse: f32 `[all queries, N]`.
         kv: bf16 `[batch x S, C + R]`.
         indices: i32 `[all queries, K]`, K a multiple of 64.
-        added: bf16 `[window x K, C + R]`, rows of the window before, if there is one.
-        lists: of these rows, as of `backward_lists.pairs_by_block`.
-        sums: a `jax.Ref`, f32 `[parts, 64 blocks, C + R]`: goes on after the first window, with
-            which it begins, whatever it held. A list is cut into parts, each with a sum of its own,
-            so that few blocks keep all CTAs busy.
+        added: bf16 `[window x K, C + R]`, the rows.
+        lists: of the rows, as of `backward_lists.pairs_by_block`.
+        sums: a `jax.Ref`, f32 `[parts, 64 blocks, C + R]`. A list is cut into parts, each with a
+            sum of its own, so that few blocks keep all CTAs busy.
         window: queries of a window; what lies past the last query is left as it is.
         queries: T of a batch row.
         rows: S of a batch row.
@@ -123,11 +129,11 @@ def weights_and_sums(
     """
     total, heads, width = q.shape
     groups, tiles = heads // HEADS, indices.shape[-1] // KEYS
-    cluster = 2 if groups % 2 == 0 else 1
-    clusters = max(2, sms // cluster)
+    all_clusters = clusters(heads, sms)
+    cluster = _cluster(heads)
     parts, blocks = sums.shape[0], sums.shape[1] // BLOCK
 
-    def weights_plan(first_cluster, clusters):
+    def weights_plan(first_cluster, some):
         return weights_sm90.Plan(
             queries=queries,
             rows=rows,
@@ -139,8 +145,9 @@ def weights_and_sums(
             scale=scale,
             window=window,
             total=total,
+            all_clusters=all_clusters,
             first_cluster=first_cluster,
-            clusters=clusters,
+            clusters=some,
             interpret=interpret is not None,
         )
 
@@ -159,7 +166,7 @@ def weights_and_sums(
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
     def sparse_attention_weights_and_sums(*refs, **scratch):  # its name is the kernel's
-        _kernel(*refs, plans=(weights_plan, sums_plan), clusters=clusters, **scratch)
+        _kernel(*refs, plans=(weights_plan, sums_plan), clusters=all_clusters, **scratch)
 
     def barriers(count: int, **options):
         return plgpu.Barrier(num_barriers=count, **options)
@@ -185,7 +192,7 @@ def weights_and_sums(
                 "weights_read": barriers(2),
             },
         },
-        grid=(clusters,),
+        grid=(all_clusters,),
         grid_names=("cluster",),
         cluster=(cluster,),
         cluster_names=("half",),
@@ -195,4 +202,4 @@ def weights_and_sums(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         **({"interpret": interpret} if interpret is not None else {}),
-    )(first, q, dout, out, lse, dlse, kv, indices, added, *lists, sums)
+    )(work, q, dout, out, lse, dlse, kv, indices, added, *lists, sums)

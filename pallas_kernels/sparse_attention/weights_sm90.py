@@ -43,6 +43,7 @@ from pallas_kernels.sparse_attention.backward_shares import (
     next_slot,
     share_columns,
     strided_loop,
+    swept,
     value_start,
 )
 
@@ -67,6 +68,7 @@ class Plan:
     scale: float
     window: int  # queries of a call, at most
     total: int  # queries of all calls
+    all_clusters: int
     first_cluster: Any
     clusters: Any  # that do this
     interpret: bool
@@ -98,6 +100,10 @@ class Plan:
     def query(self, work):
         """Of the window."""
         return lax.div(work, jnp.int32(self.groups // self.cluster))
+
+    def tile(self, number, j):
+        """The tile that comes jth, of a query of all."""
+        return swept(number, j, self.tiles, self.all_clusters)
 
     def heads(self, work):
         """Those of this CTA."""
@@ -152,7 +158,7 @@ def load(plan: Plan, first, q, dout, out, kv, indices, s: Shared):
         return next_slot(slot, SLOTS), filled + 1
 
     def fetch_indices(query, tile, index_slot):
-        source = indices.at[query, pl.ds(tile * KEYS, KEYS)]
+        source = indices.at[query, pl.ds(plan.tile(query, tile) * KEYS, KEYS)]
         plgpu.copy_gmem_to_smem(source, s.picked.at[index_slot], s.picked_full.at[index_slot])
 
     def work_item(work, carry):
@@ -307,7 +313,8 @@ def scores(plan: Plan, first, lse, weights, s: Shared):
         s.p_tile.at[buffer][...] = found.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.weighed.at[buffer])
-        target = weights.at[plan.query(work), j, plan.heads(work)]
+        at = plan.tile(first + plan.query(work), j)
+        target = weights.at[plan.query(work), at, plan.heads(work)]
         plgpu.copy_smem_to_gmem(s.p_tile.at[buffer], target)
         return place, 1 - buffer, next_slot(index_slot, INDEX_SLOTS), count + 1
 
@@ -352,7 +359,8 @@ def values(plan: Plan, first, dlse, dscores, s: Shared):
         warpgroup_barrier(plan.interpret)
         s.ds_tile.at[buffer][...] = found.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        target = dscores.at[plan.query(work), j, plan.heads(work)]
+        at = plan.tile(first + plan.query(work), j)
+        target = dscores.at[plan.query(work), at, plan.heads(work)]
         plgpu.copy_smem_to_gmem(s.ds_tile.at[buffer], target)
         return place, 1 - buffer
 

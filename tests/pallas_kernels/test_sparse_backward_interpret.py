@@ -60,8 +60,9 @@ def error(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-def test_backward():
-    """The three kernels and what is between them, against fp32."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_backward(beside):
+    """The kernels and what is between them, against fp32; in one window, and in two."""
     q, kv, indices, dout, dlse = arguments(2, 1, 90, 64, 256, 0, 70)
     options = {"scale": SCALE, "workspace_bytes": 2**30}
     out, lse = reference.forward(*wide(q, kv), indices, value_width=256, **options)
@@ -69,8 +70,9 @@ def test_backward():
     out = out.astype(q.dtype)
     # Not jitted: two interpreted kernels in one program wait for each other.
     found = backward_sm90.gradients(
-        q, kv, indices, out, lse, dout, dlse, scale=SCALE, window=9, sms=2, interpret=interpret()
-    )
+        q, kv, indices, out, lse, dout, dlse,
+        scale=SCALE, window=1 if beside else 9, sms=2, beside=beside, interpret=interpret(),
+    )  # fmt: skip
     assert no_races()
     for one, other in zip(found, expected, strict=True):
         assert error(one, other) < RELATIVE
@@ -119,7 +121,7 @@ def test_second_window():
     before_it, lists, before, change = pairs_to_sum(3, 128, 1, q.shape[-1])
     sums = jax.new_ref(jnp.asarray(before))
     weights, dscores = weights_and_sums_sm90.weights_and_sums(
-        start, q, dout, out, lse + 9, dlse, kv, indices, before_it, lists, sums,
+        jnp.array([1, 1, 0]), q, dout, out, lse + 9, dlse, kv, indices, before_it, lists, sums,
         scale=SCALE, **window,
     )  # fmt: skip
     assert no_races()
@@ -187,18 +189,16 @@ def test_pairs_by_block():
         assert (keys[rest] == -1).all()
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_sums_after_the_last_window(parts):
+def test_sums_after_the_last_window():
     """Keys that all queries select, that none does; lists cut into parts; bits, not tolerances."""
-    queries, width = 5, 128
+    queries, width, parts = 5, 128, 2
     added, lists, before, change = pairs_to_sum(queries, 128, parts, width)
     heads = jnp.zeros((queries, 64, width), jnp.bfloat16)
     numbers = jnp.zeros((queries, 64))
-    for first in (queries, 2 * queries):  # begins, or goes on from what is there
-        fresh = first == queries
+    for fresh in (True, False):  # begins, or goes on from what is there
         sums = jax.new_ref(jnp.asarray(before * np.nan if fresh else before))
         weights_and_sums_sm90.weights_and_sums(
-            jnp.array([first]), heads, heads, heads, numbers, numbers, heads[0],
+            jnp.array([queries, 2, fresh]), heads, heads, heads, numbers, numbers, heads[0],
             jnp.zeros((queries, 128), jnp.int32), added, lists, sums,
             window=queries, queries=queries, rows=64, scale=1.0, sms=2, interpret=interpret(),
         )  # fmt: skip

@@ -25,6 +25,7 @@ OPS = {
     "indexer_kl_sparse_share": ("benchmarks.indexer_loss:sparse_share", "bf16"),
     "grouped_matmul": ("benchmarks.grouped:products", "bf16"),
     "sparse_attention": ("benchmarks.sparse_attention:forward", "bf16"),
+    "sparse_attention_decode": ("benchmarks.sparse_attention:decode", "bf16"),
     "sparse_attention_grad": ("benchmarks.sparse_attention_grad:rows", "bf16"),
 }
 

@@ -1,6 +1,7 @@
 """The forward of sparse attention on a GPU: checked against fp32, then timed.
 
     python -m benchmarks.ops sparse_attention --json FILE
+    python -m benchmarks.ops sparse_attention_decode --keys 32768 --json FILE
 
 FLOPs are counted as 2 T N K (C + R + C), what a dense product over the selected keys takes. Times
 are of the kernel and of the two reductions over the indices before it.
@@ -8,8 +9,10 @@ are of the kernel and of the two reductions over the indices before it.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,8 @@ T, N, K, C, R = 4096, 128, 2048, 512, 64
 KEYS = (8192, 32768, 131072)
 SCALE = (128 + 64) ** -0.5
 BLOCK = 64  # queries that draw from the same pool
+
+attend = jax.jit(functools.partial(forward_sm90.forward, value_width=C, scale=SCALE))
 
 # For references: without Triton's candidates for each product, which take long to compile.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_gpu_enable_triton_gemm": False})
@@ -114,27 +119,44 @@ def equal_runs(run, found, repeats: int = 20) -> int:
     return sum(bool(same(run(), found)) for _ in range(repeats))
 
 
-def check() -> dict:
-    """Errors on 64 queries with 0 to 2048 keys, some of them outside; equal bits of 20 runs."""
+def in_threads(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of all calls, which compile kernels at the same time.
+
+    Building and compiling them, a shape after another, is what these benchmarks spend most of
+    their time on; the compiler at least can work on all shapes at once.
+    """
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(calls))) as pool:
+        jobs = [pool.submit(call) for call in calls]
+        return [job.result() for job in jobs]
+
+
+def arguments(kind: str, keys: int, batch: int = 1, queries: int = T):
+    """q, kv and selections of a kind; always the same."""
+    rng = np.random.default_rng(0)
+    q, kv = inputs(rng, batch, queries, N, keys)
+    rows = SELECTIONS[kind](rng, batch * queries, keys, K).reshape(batch, queries, K)
+    return q, kv, jnp.asarray(rows)
+
+
+def check(keys: int, checked: int = 64) -> dict:
+    """Errors of queries with 0 to 2048 keys, some of them outside; equal bits of 20 runs.
+
+    They are the first of as many queries as are timed: which takes the same compiled kernel.
+    """
     rng = np.random.default_rng()
-    q, kv = inputs(rng, 1, 64, N, KEYS[0])
-    rows = ragged(rng, random_selections(rng, 64, KEYS[0], K), KEYS[0])
-    run = functools.partial(forward_sm90.forward, q, kv, rows, value_width=C, scale=SCALE)
+    q, kv = inputs(rng, 1, T, N, keys)
+    rows = random_selections(rng, T, keys, K)
+    some = ragged(rng, rows[:, :checked], keys)
+    rows = jnp.asarray(rows).at[:, :checked].set(some)
+    run = functools.partial(attend, q, kv, rows)
     found = run()
-    of_each = errors(found, expected(q, kv, rows))
+    of_each = errors([x[:, :checked] for x in found], expected(q[:, :checked], kv, some))
     return {name: x.item() for name, x in of_each.items()} | {"equal_runs": equal_runs(run, found)}
 
 
 def measure(kind: str, keys: int, batch: int = 1, queries: int = T) -> dict:
     """Time and rate of one shape."""
-    rng = np.random.default_rng(0)
-    q, kv = inputs(rng, batch, queries, N, keys)
-    rows = SELECTIONS[kind](rng, batch * queries, keys, K).reshape(batch, queries, K)
-
-    def run(q, kv, rows):
-        return forward_sm90.forward(q, kv, rows, value_width=C, scale=SCALE)
-
-    time = timing.device_time(run, q, kv, jnp.asarray(rows), repeats=10)
+    time = timing.device_time(attend, *arguments(kind, keys, batch, queries), repeats=10)
     return {
         "op": "sparse_attention",
         "kind": kind,
@@ -149,10 +171,26 @@ def measure(kind: str, keys: int, batch: int = 1, queries: int = T) -> dict:
 
 
 def forward(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
-    """Every kind of selection at each number of keys; decode: one query of each batch row."""
-    errors = check() if check_at else {}
-    for width in keys:
+    """Every kind of selection at each number of keys."""
+
+    def prepare(width):
+        if width in check_at:
+            return check(width)
+        jax.block_until_ready(attend(*arguments("random", width)))
+        return {}
+
+    errors = in_threads([functools.partial(prepare, width) for width in keys])
+    for width, of_width in zip(keys, errors, strict=True):
         for kind in SELECTIONS:
-            yield measure(kind, width) | (errors if width in check_at else {})
-    for batch in (64, 128):
-        yield measure("random", 32768, batch=batch, queries=1)
+            yield measure(kind, width) | of_width
+
+
+def decode(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
+    """The forward kernel with one query of each of 64 and 128 rows of a batch."""
+    del check_at  # `forward` checks the kernel
+    shapes = [(width, batch, 1) for width in keys for batch in (64, 128)]
+    in_threads(
+        [lambda s=s: jax.block_until_ready(attend(*arguments("random", *s))) for s in shapes]
+    )
+    for shape in shapes:
+        yield measure("random", *shape) | {"op": "sparse_attention_decode"}

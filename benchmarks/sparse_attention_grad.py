@@ -9,6 +9,7 @@ and dQ take over the selected keys. What is timed is all of it: delta, the lists
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -18,11 +19,13 @@ import numpy as np
 from benchmarks import sparse_attention as forward
 from benchmarks import timing
 from benchmarks.sparse_attention import SCALE, SELECTIONS, C, K, N, R, T
-from pallas_kernels.sparse_attention import backward_sm90, forward_sm90, reference
+from pallas_kernels.sparse_attention import backward_sm90, reference
 
 FLOP = 2 * T * N * K * (3 * (C + R) + 2 * C)
 
-backward = functools.partial(backward_sm90.backward, scale=SCALE)
+SHAPES = ((64, 128, 8192, 2048),)  # T, N, S, K of the checks
+
+backward = jax.jit(functools.partial(backward_sm90.backward, scale=SCALE))
 
 
 @forward.quick_jit
@@ -43,38 +46,38 @@ def errors(found, expected):
     return dict(zip(("dq", "dkv"), map(error, found, expected), strict=True))
 
 
-def check() -> list[dict]:
+def check(queries: int, heads: int, keys: int, selected: int) -> dict:
     """Relative errors against fp32, and how many of 20 repeats are bit-equal."""
     rng = np.random.default_rng()
-    results = []
-    for queries, heads, keys, selected in ((64, 128, 8192, 2048), (200, 64, 3000, 448)):
-        q, kv = forward.inputs(rng, 1, queries, heads, keys)
-        picked = forward.random_selections(rng, queries, keys, selected)
-        picked = forward.ragged(rng, picked, keys)
-        dout, dlse = (
-            forward.normal(seed, (1, queries, heads, *width))
-            for seed, width in zip(rng.integers(2**31, size=2), ((C,), ()), strict=True)
-        )
-        out, lse = forward.expected(q, kv, picked)
-        arguments = q, kv, picked, out.astype(q.dtype), lse, dout, dlse.astype(jnp.float32)
-        found = backward(*arguments)
-        shape = {"T": queries, "N": heads, "S": keys, "K": selected}
-        found_errors = errors(found, expected(*arguments))
-        equal = forward.equal_runs(functools.partial(backward, *arguments), found)
-        of_each = {name: x.item() for name, x in found_errors.items()}
-        results.append({**shape, **of_each, "equal_runs": equal})
-    return results
+    q, kv = forward.inputs(rng, 1, queries, heads, keys)
+    picked = forward.ragged(rng, forward.random_selections(rng, queries, keys, selected), keys)
+    seeds = rng.integers(2**31, size=2)
+    dout = forward.normal(seeds[0], (1, queries, heads, C))
+    dlse = forward.normal(seeds[1], (1, queries, heads)).astype(jnp.float32)
+    out, lse = forward.expected(q, kv, picked)
+    given = q, kv, picked, out.astype(q.dtype), lse, dout, dlse
+    found = backward(*given)
+    of_each = {name: x.item() for name, x in errors(found, expected(*given)).items()}
+    equal = forward.equal_runs(functools.partial(backward, *given), found)
+    shape = {"T": queries, "N": heads, "S": keys, "K": selected}
+    return {**shape, **of_each, "equal_runs": equal}
 
 
-def measure(keys: int, kind: str) -> dict:
-    """The time of one kind of selections."""
-    rng = np.random.default_rng(0)
-    q, kv = forward.inputs(rng, 1, T, N, keys)
-    selected = jnp.asarray(SELECTIONS[kind](rng, T, keys, K))
-    dout = forward.normal(1, (1, T, N, C))
-    out, lse = forward_sm90.forward(q, kv, selected, value_width=C, scale=SCALE)
-    arguments = q, kv, selected, out, lse, dout, jnp.zeros_like(lse)
-    time = timing.device_time(backward, *arguments, repeats=10)
+def arguments(kind: str, keys: int):
+    """Those of `backward` for a kind of selections; always the same.
+
+    out is any, and lse what it is on average: the forward kernel would take longer to compile than
+    all that is timed here.
+    """
+    q, kv, selected = forward.arguments(kind, keys)
+    out, dout = (forward.normal(seed, (1, T, N, C)) for seed in (1, 2))
+    lse = jnp.full((1, T, N), math.log(K) + (C + R) * SCALE**2 / 2)
+    return q, kv, selected, out, lse, dout, jnp.zeros_like(lse)
+
+
+def measure(kind: str, keys: int) -> dict:
+    """The time of one kind of selections, and of its longest kernels."""
+    time = timing.device_time(backward, *arguments(kind, keys), repeats=10)
     largest = sorted(time.kernels.items(), key=lambda item: -item[1])[:6]
     return {
         "op": "sparse_attention_grad",
@@ -83,17 +86,20 @@ def measure(keys: int, kind: str) -> dict:
         "keys": keys,
         "topk": K,
         "ms": round(time.median_ms, 4),
-        "min_ms": round(time.min_ms, 4),
-        "max_ms": round(time.max_ms, 4),
+        "spread_ms": [round(time.min_ms, 4), round(time.max_ms, 4)],
         "tflops": round(time.tflops(FLOP), 1),
         "kernels_ms": {name[:40]: round(ms, 3) for name, ms in largest},
     }
 
 
 def rows(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
-    """Random selections; where checked also recent ones, and the errors on small shapes."""
-    errors = check() if check_at else []
+    """Every kind of selection at each number of keys; the errors are those of small shapes."""
+    checks = [functools.partial(check, *shape) for shape in SHAPES] if check_at else []
+    calls = [
+        lambda width=width: jax.block_until_ready(backward(*arguments("random", width)))
+        for width in keys
+    ]
+    errors = forward.in_threads(checks + calls)[: len(checks)]
     for width in keys:
-        yield measure(width, "random") | ({"errors": errors} if width in check_at else {})
-        if width in check_at:
-            yield measure(width, "recent")
+        for kind in SELECTIONS:
+            yield measure(kind, width) | ({"errors": errors} if width in check_at else {})

@@ -17,7 +17,8 @@ warpgroups, through the live tiles of 128 keys. d of a query is a vector along t
 Its sum is a part of dik; parts are added up in a fixed order outside.
 
 A tile of ik (of iq) is a factor of both products, so that it is loaded once. Consumers take turns:
-one multiplies while the other masks.
+one multiplies while the other masks. What is multiplied in a turn is the masked tile, and the next
+one's iq . ik: so all of a turn is in flight at once, and a consumer waits once a tile.
 """
 
 from __future__ import annotations
@@ -278,29 +279,21 @@ def _keys_body(p: Problem, first, iq, ik, iw, d, /, *refs, **scratch):
     tile, part = lax.div(i, p.parts), lax.rem(i, p.parts)
     warpgroup = lax.axis_index("warpgroup")
 
-    def over_queries(body, carry):
-        """`carry = body(step, row, carry)` over pairs of queries that may see the tile."""
+    some_pairs = jnp.minimum(_PAIRS_OF_PART, pairs - part * _PAIRS_OF_PART)
 
-        def some(j, state):
-            step, carry = state
-            pair = part * _PAIRS_OF_PART + j
-            since = tile - live.first[batch, lax.div(first[0], PAIR) + pair]
-            seen = (since >= 0) & (since < live.count[batch, lax.div(first[0], PAIR) + pair])
-            left = lax.div(p.total - (first[0] + pair * PAIR) + 1, 2)
-            steps = jnp.where(seen, jnp.clip(left, 0, PAIR // 2), 0)
-            carry = lax.fori_loop(
-                0, steps, lambda n, c: body(step + n, pair * PAIR + 2 * n, c), carry
-            )
-            return step + steps, carry
-
-        count = jnp.minimum(_PAIRS_OF_PART, pairs - part * _PAIRS_OF_PART)
-        return lax.fori_loop(0, count, some, (jnp.int32(0), carry))
+    def steps(j):
+        """How many steps of two queries the part's j-th pair of tiles takes, if it is seen."""
+        pair = part * _PAIRS_OF_PART + j
+        since = tile - live.first[batch, lax.div(first[0], PAIR) + pair]
+        seen = (since >= 0) & (since < live.count[batch, lax.div(first[0], PAIR) + pair])
+        left = lax.div(p.total - (first[0] + pair * PAIR) + 1, 2)
+        return jnp.where(seen, jnp.clip(left, 0, PAIR // 2), 0)
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
         plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
 
-        def load(step, row, _):
+        def load(step, row):
             slot = lax.rem(step, KEYS_STAGES)
             pl.when(step >= KEYS_STAGES)(lambda: plgpu.barrier_wait(smem.free.at[slot]))
             rows = pl.ds((first[0] + row) * HEADS, 2 * HEADS)
@@ -310,11 +303,15 @@ def _keys_body(p: Problem, first, iq, ik, iw, d, /, *refs, **scratch):
             plgpu.copy_gmem_to_smem(
                 d.at[batch, pl.ds(row, 2), keys], smem.d.at[slot], smem.full.at[slot]
             )
-            return None
 
-        steps, _ = over_queries(load, None)
+        def of_pair(j, before):
+            row, count = (part * _PAIRS_OF_PART + j) * PAIR, steps(j)
+            lax.fori_loop(0, count, lambda n, _: load(before + n, row + 2 * n), None)
+            return before + count
+
+        loaded = lax.fori_loop(0, some_pairs, of_pair, jnp.int32(0))
         for slot in range(KEYS_STAGES):
-            pl.when(slot < steps)(lambda slot=slot: plgpu.barrier_wait(smem.free.at[slot]))
+            pl.when(slot < loaded)(lambda slot=slot: plgpu.barrier_wait(smem.free.at[slot]))
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
@@ -324,7 +321,7 @@ def _keys_body(p: Problem, first, iq, ik, iw, d, /, *refs, **scratch):
             ik.at[batch, keys], smem.ik.at[warpgroup], smem.ik_full.at[warpgroup]
         )
         plgpu.barrier_wait(smem.ik_full.at[warpgroup])
-        count, _ = over_queries(lambda *_: None, None)
+        count = lax.fori_loop(0, some_pairs, lambda j, count: count + steps(j), jnp.int32(0))
         total = _sum_queries(p, warpgroup, count, smem)
         smem.dik.at[warpgroup][...] = total
         plgpu.commit_smem()

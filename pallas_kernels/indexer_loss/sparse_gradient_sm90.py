@@ -16,7 +16,7 @@ selected key; the rows of a key are added up elsewhere. Three warpgroups:
 
 The products of one warpgroup run while the other masks, or writes out its rows.
 
-SMEM at H = 128: 2 x 4 x 16,384 of rings, and of each warpgroup 16,384 of iq, 8,192 of x and 16,384
+SMEM at H = 128: 2 x 3 x 16,384 of rings, and of each warpgroup 16,384 of iq, 8,192 of x and 16,384
 of rows on their way out. Registers of a thread: EVEN and ODD 232 (64 of u, 64 of rows, 32 of dot
 products), LOADER 40.
 """
@@ -40,7 +40,7 @@ from pallas_kernels.sparse_attention.backward_shares import drain, next_slot
 
 HEADS = 64  # I
 KEYS = 64  # of a tile
-SLOTS = 4  # of a ring
+SLOTS = 3  # of a ring
 INDEX_SLOTS = SLOTS + 1  # of each warpgroup: refilled when the rows of its last tile have landed
 EVEN, ODD, LOADER = range(3)
 _CONSUMERS = (EVEN, ODD)
@@ -168,38 +168,27 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _
     def zeros(width):
         return plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), plgpu.Layout.WGMMA)
 
-    def tile(query, weight, count, j, carry):
-        u, dots, slot, phases = carry
-        at, following = role * SLOTS + slot, role * SLOTS + next_slot(slot, SLOTS)
+    def tile(query, weight, j, carry):
+        u, slot, phases = carry
+        at = role * SLOTS + slot
+        keys = s.ring.at[at]
+        wait = functools.partial(s.landing.wait, at, phases)
+        dots = multiply((KEYS, HEADS), [wait, (keys, own.T)], plan.interpret)
         plgpu.barrier_wait(s.full.at[at])
         slope = plgpu.load(s.slopes.at[at], layout=row, optimized=False)
         x = jnp.where(dots > 0, lax.broadcast_in_dim(slope, dots.shape, [0]), 0.0)
         masked[...] = x.astype(jnp.bfloat16)
         weighed = (x * lax.broadcast_in_dim(weight, x.shape, [1])).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        more = j + 1 < count
-        # After the last tile it is multiplied once more, for nobody.
-        following = jnp.where(more, following, at)
-        phases = Landing.next(at, phases)
-
-        @pl.when(more)
-        def _():
-            s.landing.wait(following, phases)
-
-        products = [
-            Product(1, weighed, own),
-            Product(0, masked.T, s.ring.at[at]),
-            Product(2, s.ring.at[following], own.T),
-        ]
-        starts = [u, zeros(plan.width), zeros(HEADS)]
-        u, added, dots = multiply_add(starts, products, plan.interpret)
+        products = [Product(1, weighed, own), Product(0, masked.T, keys)]
+        u, added = multiply_add([u, zeros(plan.width)], products, plan.interpret)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
         plgpu.barrier_arrive(s.freed[role].at[slot])
         out_tile[...] = added.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_tile, rows.at[query, pl.ds(j * KEYS, KEYS)])
-        return u, dots, next_slot(slot, SLOTS), phases
+        return u, next_slot(slot, SLOTS), Landing.next(at, phases)
 
     def work_item(number, carry):
         query = plan.query(number, role)
@@ -208,13 +197,8 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _
         plgpu.copy_gmem_to_smem(iq.at[first + query], own, s.query_full.at[role])
         weight = plgpu.load(iw.at[first + query], layout=column, optimized=False)
         plgpu.barrier_wait(s.query_full.at[role])
-        slot, phases = carry
-        count, at = tiles[first + query], role * SLOTS + slot
-        wait = functools.partial(s.landing.wait, at, phases)
-        dots = multiply((KEYS, HEADS), [wait, (s.ring.at[at], own.T)], plan.interpret)
-        body = functools.partial(tile, query, weight, count)
-        start = zeros(plan.width), dots, slot, phases
-        u, _, *carry = lax.fori_loop(0, count, body, start)
+        body = functools.partial(tile, query, weight)
+        u, *carry = lax.fori_loop(0, tiles[first + query], body, (zeros(plan.width), *carry))
         weight = plgpu.load(iw.at[first + query], layout=row, optimized=False)
         value = plgpu.load(own, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
         diw.at[query][...] = (value * u).sum(axis=1)

@@ -17,7 +17,7 @@ The ring holds less than a tile, so that the parts of one warpgroup's tile arriv
 exponentiates. The queries are replaced part by part as the last tile has used them.
 
 SMEM at 576 columns and 128 heads: 147,456 of q, 16,384 of iq, 4 x 16,384 of ring, 1,280 of indices.
-Registers of a thread: EVEN and ODD 232 (96 of products, 48 of lse and iw), LOADER 40.
+Registers of a thread: EVEN and ODD 224 (96 of products, 48 of lse and iw), LOADER 56.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PART = 128  # columns, at most
 SLOTS = 4  # of the ring, at most
 INDEX_SLOTS = 4
 EVEN, ODD, LOADER = range(3)
-_REGISTERS = {EVEN: 232, ODD: 232, LOADER: 40}
+_REGISTERS = {EVEN: 224, ODD: 224, LOADER: 56}
 
 
 class _Part(NamedTuple):
@@ -99,7 +99,7 @@ class _Plan:
 class _Shared:
     """SMEM and barriers."""
 
-    query: list[Any]  # bf16 [N, width] of each part, or [64, width] of iq
+    query: list[Any]  # bf16 [1, N, width] of each part, or [1, 64, width] of iq
     ring: Any  # bf16 [slots, 64, PART]
     picked: Any  # i32 [INDEX_SLOTS + 1, 64]; the last row holds Landing's words
     picked_full: Any
@@ -124,7 +124,7 @@ def _load(plan: _Plan, q, iq, kv, ik, indices, tiles, s: _Shared):
 
         table = iq if part.of_index else q
         source = table.at[query, :, pl.ds(part.start, part.width)]
-        plgpu.copy_gmem_to_smem(source, s.query[number], s.query_full.at[number])
+        plgpu.copy_gmem_to_smem(source, s.query[number].at[0], s.query_full.at[number])
 
     def work_item(query, count, before, carry):
         first_row = lax.div(query, jnp.int32(plan.queries)) * plan.rows
@@ -191,6 +191,8 @@ def _products(plan: _Plan, number, first, last, phases, s: _Shared):
     role, parts = lax.rem(number, jnp.int32(2)), plan.parts
     slots = [lax.rem(number * len(parts) + i, jnp.int32(plan.slots)) for i in range(len(parts))]
     steps = []
+    # Known to be 0 to nobody: else the addresses of all parts are kept in registers, and spill.
+    nought = jnp.minimum(number, 0)
 
     def wait(i, phases):
         @pl.when(first)
@@ -206,7 +208,7 @@ def _products(plan: _Plan, number, first, last, phases, s: _Shared):
     for i, part in enumerate(parts):
         steps.append(functools.partial(wait, i, phases))
         keys = s.ring.at[slots[i], :, pl.ds(0, part.width)]
-        steps.append(Product(1 if part.of_index else 0, keys, s.query[i].T))
+        steps.append(Product(1 if part.of_index else 0, keys, s.query[i].at[nought].T))
         if i:
             steps += [Until(1), functools.partial(free, i - 1)]
         phases = Landing.next(slots[i] + plan.slots * role, phases)
@@ -319,7 +321,7 @@ def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, 
         scratch_types={
             **landed,
             "query": [
-                tile(INDEX_HEADS if part.of_index else heads, part.width) for part in plan.parts
+                tile(1, INDEX_HEADS if part.of_index else heads, part.width) for part in plan.parts
             ],
             "ring": tile(plan.slots, KEYS, PART),
             "picked": plgpu.SMEM((INDEX_SLOTS + 1, KEYS), jnp.int32),

@@ -3,7 +3,7 @@
     sparse_pairs_sm90      of every query and selected key the attention's mass and the score
     here, in XLA           kl, and d = softmax(score) - p
     sparse_gradient_sm90   from g d the gradients of iq and iw, and a row for every pair
-    sum_rows_sm90          dik: the rows of each key added up in fp32, in the order of the queries
+    sparse_sums_sm90       dik: the rows of each key added up in fp32, in the order of the queries
 
 The forward keeps d, as large as the selection, for the backward: so the target, which costs most,
 is built once. The rows, in bf16, exist for a window of queries at a time.
@@ -20,9 +20,12 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 
 from pallas_kernels.hopper.tiles import LOG2E
-from pallas_kernels.indexer_loss import sparse_gradient_sm90, sparse_pairs_sm90
+from pallas_kernels.indexer_loss import (
+    sparse_gradient_sm90,
+    sparse_pairs_sm90,
+    sparse_sums_sm90,
+)
 from pallas_kernels.indexer_loss.reference import divergence, normalised, scores_gradient
-from pallas_kernels.sparse_attention import sum_rows_sm90
 from pallas_kernels.sparse_attention.backward_lists import BLOCK, ascending, pairs_by_block
 from pallas_kernels.tiling import vary_like
 
@@ -153,7 +156,7 @@ def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret
         key = mine + (number // queries * rows)[:, None]  # in all rows of the batch
         lists = pairs_by_block(jnp.where(mine < rows, key, blocks * BLOCK), blocks=blocks)
         added = added.reshape(-1, width)
-        sum_rows_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
+        sparse_sums_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
         return diq, diw
 
     firsts = jnp.arange(0, total, window, dtype=jnp.int32)

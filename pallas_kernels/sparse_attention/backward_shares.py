@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.tiles import CHUNK
+
+RING = 8
+"""Slots of the ring that P and dS, or sums, are computed from: 64 keys, columns of a share each."""
 
 
 def share_columns(width: int) -> int:
@@ -38,6 +40,22 @@ def strided_loop(total, body, carry, *, mine, ctas):
     return lax.fori_loop(0, count, lambda i, c: body(mine + i * ctas, c), carry)
 
 
+def swept(number, tile, tiles: int, together: int):
+    """The tile that comes `tile`th in a query: every second time the tiles are taken backwards.
+
+    Selections rise, so that queries that are computed at the same time want the same keys at about
+    the same time; what they wanted last is in the L2 when the next ones begin with it.
+
+    Args:
+        number: of the query among all.
+        tile: below `tiles`.
+        tiles: of a query.
+        together: how many queries are computed at the same time.
+    """
+    backwards = lax.rem(lax.div(number, jnp.int32(together)), jnp.int32(2)) == 1
+    return jnp.where(backwards, tiles - 1 - tile, tile)
+
+
 def drain(freed, slot, filled, slots: int):
     """Waits until what was put into a ring last has been read.
 
@@ -58,14 +76,12 @@ def drain(freed, slot, filled, slots: int):
 
 @dataclasses.dataclass(frozen=True)
 class SharePlan:
-    """The static numbers of a kind of CTA whose grid is shares of the columns, lanes of queries."""
+    """The static numbers of a call whose grid is shares of the columns and lanes of queries."""
 
     width: int  # C + R
     tiles: int  # of 64 selected keys
     window: int  # queries of a call, at most
     total: int  # queries of all calls
-    heads: int  # 64 or 128
-    first_lane: int
     lanes: int  # CTAs of a share
     interpret: bool
 
@@ -82,14 +98,5 @@ class SharePlan:
     def for_each_query(self, first, body, carry):
         """`carry = body(query of the window, carry)` over this CTA's share of the window."""
         queries = jnp.minimum(self.window, self.total - first)
-        mine = lax.axis_index("lane") - self.first_lane
+        mine = lax.axis_index("lane")
         return strided_loop(queries, body, carry, mine=mine, ctas=self.lanes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """The SMEM of a CTA of either kind."""
-
-    by_head: Any  # bf16 [4, N, 64]: P or dS of a tile
-    columns: Any  # bf16 [4, 64, part]
-    out_tile: Any  # bf16 [2, 64, part]: what a warpgroup has computed, on its way out

@@ -1,10 +1,15 @@
 """The backward of sparse attention on Hopper, bit-equal between runs.
 
-Three kernels for a window of queries after another, as many as the workspace holds:
+What is computed, for a window of queries after another, as many as the workspace holds:
 
     weights_sm90    P and dS, [window, N, K] in bf16
-    products_sm90   dQ = dS K, and for every query and selected key the row dS^T Q + P^T dO, in bf16
+    dq_sm90         dQ = dS K
+    rows_sm90       for every query and selected key the row dS^T Q + P^T dO, in bf16
     sum_rows_sm90   dKV: the rows of each key added up in fp32, in the order of the queries
+
+P and dS and the sums are one kernel, `weights_and_sums_sm90`: where the keys stay in the L2, P and
+dS of a window run beside the sums of the one before. The ones keep the tensor core busy, the others
+wait for the memory.
 
 Adding rows where they belong with atomics would take as long: a fp32 row costs 2.3 KB of atomic
 traffic, a bf16 row 1.15 KB written and 1.15 KB read; and atomics slow down to a third once dKV is
@@ -14,7 +19,9 @@ roundings of a key's rows are independent and so weigh less in their sum than it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +29,10 @@ from jax import lax
 
 from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.sparse_attention import (
+    dq_sm90,
     forward_sm90,
-    products_sm90,
-    sum_rows_sm90,
-    weights_sm90,
+    rows_sm90,
+    weights_and_sums_sm90,
 )
 from pallas_kernels.sparse_attention.backward_lists import BLOCK, ascending, pairs_by_block
 from pallas_kernels.tiling import vary_like
@@ -33,6 +40,9 @@ from pallas_kernels.tiling import vary_like
 TILES = 128  # selected keys, of which the kernels take two tiles at a time
 # A window costs a pass over dKV in fp32 and the ends of three kernels, so that few are better.
 WORKSPACE_BYTES = 4 * 2**30
+L2_BYTES = 50 * 2**20
+SUMMING = 24, 66
+"""How many clusters of how many add up rows beside those of P and dS."""
 
 
 def unsupported(q, kv, *, value_width: int) -> str | None:
@@ -55,9 +65,13 @@ def backward(
 
 
 def gradients(
-    q, kv, indices, out, lse, dout, dlse, *, scale, window, sms: int = 132, interpret=None
-):
-    """The gradients of q, and of kv in f32, with at most so many queries in a window."""
+    q, kv, indices, out, lse, dout, dlse, *,
+    scale, window, sms: int = 132, beside: bool | None = None, interpret=None,
+):  # fmt: skip
+    """The gradients of q, and of kv in f32, with at most so many queries in a window.
+
+    `beside` says whether sums run beside P and dS; by default where that is faster.
+    """
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     finite = jnp.isfinite(lse)  # a query without keys gives no gradient, and takes none
@@ -71,44 +85,38 @@ def gradients(
         x = jnp.pad(x, [(0, 0), (0, 0), (0, some * split - heads)] + [(0, 0)] * (x.ndim - 3))
         return x.reshape(batch * queries * split, some, *x.shape[3:])
 
-    q, dout, out, lse, dlse = (by_query(x) for x in (q, dout, out, lse, dlse))
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % TILES)), constant_values=-1)
     indices = ascending(indices.reshape(batch * queries, -1), rows)
     indices = jnp.repeat(indices, split, axis=0)
-    total = indices.shape[0]
-    keys = kv.reshape(-1, width)
-    blocks = -(-keys.shape[0] // BLOCK)
+    total, selected = indices.shape
+    blocks = -(-batch * rows // BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
     window = _even(total, max(1, window * split), sms)
-    options = {"window": window, "queries": queries * split, "rows": rows, "sms": sms}
-    # The kernels write all of both: nothing has to be there before.
-    dq = jax.new_ref(lax.empty((total, some, width), q.dtype))
-    sums = jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
-
-    def step(first):
-        start = first.reshape(1)
-        weights, dscores = weights_sm90.weights_and_dscores(
-            start, q, dout, out, lse, dlse, keys, indices, scale=scale, **options,
-            interpret=interpret,
-        )  # fmt: skip
-        added = products_sm90.dq_and_rows(
-            start, q, dout, keys, indices, weights, dscores, dq, **options, interpret=interpret
-        )
-        number = first + jnp.arange(window)
-        mine = jnp.take(indices, number, axis=0, mode="fill", fill_value=rows)
-        key = mine + (number // (queries * split) * rows)[:, None]  # in all rows of the batch
-        key = jnp.where(mine < rows, key, blocks * BLOCK)
-        lists = pairs_by_block(key, blocks=blocks)
-        added = added.reshape(-1, width)
-        sum_rows_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
-
-    firsts = jnp.arange(0, total, window, dtype=jnp.int32)
-    if len(firsts) == 1:
-        step(firsts[0])
-    else:
+    call = _Call(
+        arrays=(*(by_query(x) for x in (q, dout, out, lse, dlse)), kv.reshape(-1, width), indices),
+        # The kernels write all of these: nothing has to be there before.
+        dq=jax.new_ref(lax.empty((total, some, width), q.dtype)),
+        sums=jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32)),
+        added=jax.new_ref(lax.empty((window * selected, width), q.dtype)),
+        scale=scale,
+        options={"sms": sms, "interpret": interpret, "window": window},
+        queries=queries * split,
+        rows=rows,
+        total=total,
+    )
+    # Rows that pass through the L2 drive keys out of it.
+    beside = kv.nbytes <= L2_BYTES // 2 if beside is None else beside
+    # Side by side the last step has no queries, only the sums of those of the step before.
+    steps = -(-total // window) + beside
+    firsts = window * jnp.arange(steps, dtype=jnp.int32)
+    step = call.side_by_side if beside else call.in_turn
+    if interpret is None:
         lax.scan(lambda _, first: (None, step(first)), None, firsts)
+    else:  # two interpreted kernels in one program wait for each other
+        for first in firsts:
+            step(first)
     # The kernels do not tell over which mesh axes their results vary.
-    dq, dkv = vary_like((jax.freeze(dq), jax.freeze(sums).sum(0)), (q, kv))
+    dq, dkv = vary_like((jax.freeze(call.dq), jax.freeze(call.sums).sum(0)), (q, kv))
     dq = dq.reshape(batch, queries, -1, width)[:, :, :heads]
     return dq, dkv[: batch * rows].reshape(batch, rows, width)
 
@@ -118,3 +126,65 @@ def _even(total: int, limit: int, sms: int) -> int:
     window = -(-total // -(-total // min(limit, total)))
     filling = -(-window // sms) * sms
     return filling if filling <= min(limit, total) else window
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What the windows of a call have in common. Queries are those of all rows of the batch."""
+
+    arrays: tuple[Any, ...]  # q, dO, O, lse in base 2, dlse, by query and head; keys; selections
+    dq: Any  # a ref
+    sums: Any  # a ref: parts of dKV
+    added: Any  # a ref: rows of a window
+    scale: float
+    options: dict[str, Any]
+    queries: int  # of a row of the batch
+    rows: int  # keys of a row of the batch
+    total: int  # queries
+
+    def side_by_side(self, first) -> None:
+        """P and dS of a window beside the sums of the one before, which the first does not have."""
+        window = self.options["window"]
+        some = max(1, self._clusters() * SUMMING[0] // SUMMING[1])
+        some = jnp.where(first == 0, 0, jnp.where(first < self.total, some, self._clusters()))
+        lists = self._lists(first - window)
+        self._products(first, *self._weights_and_sums(first, some, first == window, lists))
+
+    def in_turn(self, first) -> None:
+        """P and dS of a window, then its sums."""
+        lists = self._lists(first)
+        self._products(first, *self._weights_and_sums(first, 0, 0, lists))
+        self._weights_and_sums(self.total, self._clusters(), first == 0, lists)
+
+    def _clusters(self) -> int:
+        return weights_and_sums_sm90.clusters(self.arrays[0].shape[1], self.options["sms"])
+
+    def _lists(self, first):
+        """Those of a window; empty ones before the first."""
+        *_, keys, indices = self.arrays
+        blocks = -(-keys.shape[0] // BLOCK)
+        number = first + jnp.arange(self.options["window"])
+        exists = (number >= 0) & (number < self.total)
+        mine = jnp.take(indices, jnp.where(exists, number, 0), axis=0)
+        key = mine + (number // self.queries * self.rows)[:, None]  # in all rows of the batch
+        key = jnp.where(exists[:, None] & (mine < self.rows), key, blocks * BLOCK)
+        return pairs_by_block(key, blocks=blocks)
+
+    def _weights_and_sums(self, first, summing, begins, lists):
+        q, dout, out, lse, dlse, keys, indices = self.arrays
+        work = jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, summing, begins)])
+        return weights_and_sums_sm90.weights_and_sums(
+            work, q, dout, out, lse, dlse, keys, indices, self.added, lists, self.sums,
+            scale=self.scale, queries=self.queries, rows=self.rows, **self.options,
+        )  # fmt: skip
+
+    def _products(self, first, weights, dscores) -> None:
+        q, dout, *_, keys, indices = self.arrays
+        start = first.reshape(1)
+        dq_sm90.dq_of_queries(
+            start, keys, indices, dscores, self.dq,
+            queries=self.queries, rows=self.rows, **self.options,
+        )  # fmt: skip
+        rows_sm90.rows_of_queries(
+            start, q, dout, weights, dscores, self.added, **self.options
+        )  # fmt: skip

@@ -9,9 +9,10 @@ A CTA computes one share of the columns (192 of 576) for queries one after the o
 so what it gathers of a key is needed once. Three warpgroups:
 
     UPPER, LOWER  dQ of 64 heads each
-    LOADER        fills a ring of four slots with tiles of 64 keys and their dS
+    LOADER        fills a ring with tiles of 64 keys and their dS
 
-`products_sm90` runs these CTAs.
+SMEM at 576 columns and 128 heads: 4 x (16,384 dS + 24,576 keys) of ring, 2 x 24,576 of dQ on its
+way out, 2,048 of indices. Registers of a thread: UPPER and LOWER 216 (96 of dQ), LOADER 40.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import (
-    Places,
     SharePlan,
     drain,
     next_slot,
+    share_columns,
+    swept,
 )
 
 HEADS = 64  # of a warpgroup
@@ -39,21 +42,25 @@ KEYS = 64  # of a tile
 SLOTS = 4  # of the ring
 INDEX_SLOTS = 6
 UPPER, LOWER, LOADER = range(3)
+_REGISTERS = {UPPER: 216, LOWER: 216, LOADER: 40}
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(SharePlan):
+class _Plan(SharePlan):
     """The static numbers of a call."""
 
     queries: int  # T, of one batch row
     rows: int  # S, of one batch row
+    heads: int  # 64 or 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Shared:
+class _Shared:
     """SMEM and barriers."""
 
-    places: Places
+    ds_tile: Any  # bf16 [SLOTS, N, 64]
+    keys: Any  # bf16 [SLOTS, 64, part]
+    out_tile: Any  # bf16 [N, part]: dQ on its way out
     picked: Any  # i32 [INDEX_SLOTS + 1, 64]; the last row holds Landing's words
     picked_full: Any
     full: Any  # dS of the slot is there
@@ -62,11 +69,14 @@ class Shared:
     landing: Landing
 
 
-def load(plan: Plan, share, first, kv, indices, dscores, s: Shared):
+def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
     """LOADER."""
 
+    def at(query, tile):
+        return swept(first + query, tile, plan.tiles, plan.lanes)
+
     def fetch_indices(query, tile, index_slot):
-        source = indices.at[first + query, pl.ds(tile * KEYS, KEYS)]
+        source = indices.at[first + query, pl.ds(at(query, tile) * KEYS, KEYS)]
         plgpu.copy_gmem_to_smem(source, s.picked.at[index_slot], s.picked_full.at[index_slot])
 
     def tile(query, j, carry):
@@ -81,12 +91,13 @@ def load(plan: Plan, share, first, kv, indices, dscores, s: Shared):
         def _():
             plgpu.barrier_wait(s.freed.at[slot])
 
-        plgpu.copy_gmem_to_smem(dscores.at[query, j], s.places.by_head.at[slot], s.full.at[slot])
+        source = dscores.at[query, at(query, j)]
+        plgpu.copy_gmem_to_smem(source, s.ds_tile.at[slot], s.full.at[slot])
         plgpu.barrier_wait(s.picked_full.at[index_slot])
         gather_rows(
             kv,
             s.picked.at[index_slot],
-            s.places.columns.at[slot],
+            s.keys.at[slot],
             s.landing,
             slot,
             first_row=lax.div(first + query, jnp.int32(plan.queries)) * plan.rows,
@@ -107,7 +118,7 @@ def load(plan: Plan, share, first, kv, indices, dscores, s: Shared):
     drain(s.freed, slot, filled, SLOTS)
 
 
-def multiply(plan: Plan, role, share, first, dq, s: Shared):
+def _multiply(plan: _Plan, role, share, first, dq, s: _Shared):
     """UPPER and LOWER; without heads of its own LOWER only lets go of the slots."""
     columns = pl.ds(share * plan.part, plan.part)
     mine = pl.ds(role * HEADS, HEADS)
@@ -118,7 +129,7 @@ def multiply(plan: Plan, role, share, first, dq, s: Shared):
         plgpu.barrier_wait(s.full.at[slot])
         steps = [functools.partial(s.landing.wait, slot, phases)]
         if has_heads:
-            steps.append(Product(0, s.places.by_head.at[slot, mine], s.places.columns.at[slot]))
+            steps.append(Product(0, s.ds_tile.at[slot, mine], s.keys.at[slot]))
         accumulators = multiply_add(accumulators, steps, plan.interpret)
         warpgroup_barrier(plan.interpret)
         plgpu.barrier_arrive(s.freed.at[slot])
@@ -131,9 +142,9 @@ def multiply(plan: Plan, role, share, first, dq, s: Shared):
         if has_heads:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             warpgroup_barrier(plan.interpret)
-            s.places.out_tile.at[role][...] = accumulators[0].astype(jnp.bfloat16)
+            s.out_tile.at[mine][...] = accumulators[0].astype(jnp.bfloat16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(s.places.out_tile.at[role], dq.at[first + query, mine, columns])
+            plgpu.copy_smem_to_gmem(s.out_tile.at[mine], dq.at[first + query, mine, columns])
         return carry
 
     if role == UPPER:
@@ -142,3 +153,86 @@ def multiply(plan: Plan, role, share, first, dq, s: Shared):
     plgpu.barrier_wait(s.started)
     plan.for_each_query(first, work_item, [jnp.int32(0), jnp.int32(0)])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _kernel(first, kv, indices, dscores, dq, *, plan: _Plan, **shared):
+    words = shared.pop("landed", shared["picked"])
+    landing = Landing(words, 4 * INDEX_SLOTS * KEYS, SLOTS, plan.interpret)
+    s = _Shared(**shared, landing=landing)
+    role = lax.axis_index("role")
+    start = first[0]
+    for number in (UPPER, LOWER, LOADER):
+
+        @pl.when(role == number)
+        def _(number=number):
+            action = "decrease" if number == LOADER else "increase"
+            plgpu.set_max_registers(_REGISTERS[number], action=action)
+            for share in range(plan.shares):
+
+                @pl.when(lax.axis_index("share") == share)
+                def _(share=share):
+                    if number == LOADER:
+                        _load(plan, share, start, kv, indices, dscores, s)
+                    else:
+                        _multiply(plan, number, share, start, dq, s)
+
+
+def dq_of_queries(first, kv, indices, dscores, dq, *, window, queries, rows, sms, interpret=None):
+    """Writes dQ of a window of queries.
+
+    Args:
+        first: i32 `[1]`, the first query of the window.
+        kv: bf16 `[batch x S, C + R]`.
+        indices: i32 `[all queries, K]`, K a multiple of 64.
+        dscores: dS, bf16 `[window, K / 64, N, 64]`.
+        dq: a `jax.Ref`, bf16 `[all queries, N, C + R]`, N 64 or 128, of which it writes the window.
+        window: queries of the window.
+        queries: T of a batch row.
+        rows: S of a batch row.
+        sms: CTAs.
+        interpret: parameters of interpret mode, or None.
+    """
+    total, heads, width = dq.shape
+    part = share_columns(width)
+    plan = _Plan(
+        queries=queries,
+        rows=rows,
+        heads=heads,
+        width=width,
+        tiles=indices.shape[-1] // KEYS,
+        window=window,
+        total=total,
+        lanes=max(1, min(sms // (width // part), window)),
+        interpret=interpret is not None,
+    )
+
+    def tile(*shape):
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
+
+    landed = {"landed": plgpu.Barrier(num_barriers=SLOTS)} if plan.interpret else {}
+
+    def sparse_attention_dq(*refs, **scratch):  # its name is the kernel's
+        _kernel(*refs, plan=plan, **scratch)
+
+    plgpu.kernel(
+        sparse_attention_dq,
+        scratch_types={
+            **landed,
+            "ds_tile": tile(SLOTS, heads, KEYS),
+            "keys": tile(SLOTS, KEYS, part),
+            "out_tile": tile(heads, part),
+            "picked": plgpu.SMEM((INDEX_SLOTS + 1, KEYS), jnp.int32),
+            "picked_full": plgpu.Barrier(num_barriers=INDEX_SLOTS),
+            "full": plgpu.Barrier(num_barriers=SLOTS),
+            "freed": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+            "started": plgpu.Barrier(),
+        },
+        grid=(plan.shares, plan.lanes),
+        grid_names=("share", "lane"),
+        num_threads=3,
+        thread_name="role",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        **({"interpret": interpret} if interpret is not None else {}),
+    )(first, kv, indices, dscores, dq)

@@ -16,8 +16,8 @@ where A [key, pair] is 1 if the pair's key is that one, else 0: products with 1 
 sum is one in fp32. The work is 64 times what an addition each would take and still far below what
 the loading of the rows takes.
 
-SMEM at 576 columns: 3 x 73,728 of ring, 2,304 of pairs and of their keys. Registers of a thread:
-LEFT 216 (160 of sums, 16 of A), RIGHT 216, LOADER 40.
+The ring is that of `weights_sm90`, of parts of up to 192 columns, beside whose CTAs
+`weights_and_sums_sm90` runs these. Registers of a thread: LEFT 160 of sums and 16 of A.
 """
 
 from __future__ import annotations
@@ -32,51 +32,74 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
-from pallas_kernels.hopper.tiles import CHUNK, SWIZZLED
+from pallas_kernels.hopper.tiles import CHUNK
 from pallas_kernels.hopper.wgmma import Product, multiply_add
-from pallas_kernels.sparse_attention.backward_shares import drain, next_slot, strided_loop
+from pallas_kernels.sparse_attention.backward_lists import BLOCK, PAIRS
+from pallas_kernels.sparse_attention.backward_shares import (
+    RING,
+    drain,
+    next_slot,
+    share_columns,
+    strided_loop,
+)
 
-BLOCK = 64  # keys
-PAIRS = 64  # of a tile
-SLOTS = 3
-INDEX_SLOTS = 4
+TILES = 2  # in the ring, at most
+INDEX_SLOTS = TILES + 1
 LEFT, RIGHT, LOADER = range(3)
-_REGISTERS = {LEFT: 216, RIGHT: 216, LOADER: 40}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """The static numbers of a call."""
 
     width: int
     rows: int  # how many there are
     blocks: int
     parts: int  # of a block's list
-    ctas: int
+    cta: Any  # this one's number among those that do this
+    ctas: Any
     interpret: bool
+    tiles: int = TILES  # in the ring, at most
 
-    def columns(self, side: int) -> list[tuple[int, int]]:
-        """Start and width of the accumulators of a side."""
-        chunks = self.width // CHUNK
-        middle = (chunks + 1) // 2 * CHUNK
-        start, stop = (0, middle) if side == LEFT else (middle, self.width)
-        return [(at, min(256, stop - at)) for at in range(start, stop, 256)]
+    @property
+    def index_slots(self) -> int:
+        """Places for the pairs of a tile: one more than tiles that may be on their way."""
+        return self.tiles + 1
+
+    @property
+    def part(self) -> int:
+        """Columns of a part of a tile."""
+        return share_columns(self.width)
+
+    @property
+    def slots(self) -> int:
+        """Of the ring: no more than what `index_slots` are enough for; a tile, at least."""
+        return min(RING, self.tiles * (self.width // self.part))
+
+    def columns(self, side: int) -> list[list[tuple[int, int]]]:
+        """Start and width in each part of a tile of what a side adds up."""
+        middle = (self.width // CHUNK + 1) // 2 * CHUNK
+        first, last = (0, middle) if side == LEFT else (middle, self.width)
+        found = []
+        for start in range(0, self.width, self.part):
+            low, high = max(first, start), min(last, start + self.part)
+            found.append([(low - start, high - low)] if low < high else [])
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shared:
+class Shared:
     """SMEM and barriers."""
 
-    ring: Any  # bf16 [SLOTS, 64, C + R]
-    pairs: Any  # i32 [INDEX_SLOTS + 1, 64]; the last row holds Landing's words
-    keys: Any  # i32 [INDEX_SLOTS, 64]: which key of the block
-    listed: Any  # pairs and keys are there
-    freed: Any  # LEFT and RIGHT have added the slot's rows
+    ring: Any  # bf16 [slots or more, 64, part]
+    picked: Any  # i32 [2 index slots or more, 64]: pairs, and which keys of the block they are of
+    listed: Any  # both are there
+    freed: Any  # LEFT and RIGHT have added what the slot holds
     started: Any
     landing: Landing
 
 
-def _for_each_unit(plan: _Plan, first_tile, tile_count, body, carry):
+def _for_each_unit(plan: Plan, first_tile, tile_count, body, carry):
     """`carry = body(unit, first tile, end, carry)` over this CTA's parts of blocks."""
 
     def unit(number, carry):
@@ -88,16 +111,16 @@ def _for_each_unit(plan: _Plan, first_tile, tile_count, body, carry):
         return body(number, start + first, start + end, carry)
 
     units = jnp.int32(plan.blocks * plan.parts)
-    return strided_loop(units, unit, carry, mine=lax.axis_index("cta"), ctas=plan.ctas)
+    return strided_loop(units, unit, carry, mine=plan.cta, ctas=plan.ctas)
 
 
-def _load(plan: _Plan, first_tile, tile_count, rows, pairs, keys, s: _Shared):
+def load(plan: Plan, first_tile, tile_count, rows, pairs, keys, s: Shared):
     """LOADER."""
 
     def fetch(tile, index_slot):
         some = pl.ds(tile * PAIRS, PAIRS)
-        for source, target in ((pairs, s.pairs), (keys, s.keys)):
-            plgpu.copy_gmem_to_smem(source.at[some], target.at[index_slot], s.listed.at[index_slot])
+        for source, row in ((pairs, index_slot), (keys, plan.index_slots + index_slot)):
+            plgpu.copy_gmem_to_smem(source.at[some], s.picked.at[row], s.listed.at[index_slot])
 
     def unit(_, first, end, carry):
         @pl.when(first < end)
@@ -106,65 +129,78 @@ def _load(plan: _Plan, first_tile, tile_count, rows, pairs, keys, s: _Shared):
 
         def tile(t, carry):
             slot, filled, index_slot = carry
+            for number in range(plan.width // plan.part):
 
-            @pl.when(filled >= SLOTS)
-            def _():
-                plgpu.barrier_wait(s.freed.at[slot])
+                @pl.when(filled >= plan.slots)
+                def _(slot=slot):
+                    plgpu.barrier_wait(s.freed.at[slot])
 
-            @pl.when(t + 1 < end)
-            def _():
-                fetch(t + 1, next_slot(index_slot, INDEX_SLOTS))
+                if number == 0:  # whoever freed that has no use for the keys of its tile either
 
-            plgpu.barrier_wait(s.listed.at[index_slot])
-            gather_rows(
-                rows,
-                s.pairs.at[index_slot],
-                s.ring.at[slot],
-                s.landing,
-                slot,
-                first_row=jnp.int32(0) * slot,
-                rows=plan.rows,
-                first_column=0,
-                columns=(0, plan.width),
-                arrive=True,
-            )
-            return next_slot(slot, SLOTS), filled + 1, next_slot(index_slot, INDEX_SLOTS)
+                    @pl.when(t + 1 < end)
+                    def _():
+                        fetch(t + 1, next_slot(index_slot, plan.index_slots))
+
+                    plgpu.barrier_wait(s.listed.at[index_slot])
+                gather_rows(
+                    rows,
+                    s.picked.at[index_slot],
+                    s.ring.at[slot],
+                    s.landing,
+                    slot,
+                    first_row=jnp.int32(0) * slot,
+                    rows=plan.rows,
+                    first_column=number * plan.part,
+                    columns=(0, plan.part),
+                    arrive=True,
+                )
+                slot, filled = next_slot(slot, plan.slots), filled + 1
+            return slot, filled, next_slot(index_slot, plan.index_slots)
 
         return lax.fori_loop(first, end, tile, carry)
 
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
     slot, filled, _ = _for_each_unit(plan, first_tile, tile_count, unit, (zero, zero, zero))
-    drain(s.freed, slot, filled, SLOTS)
+    drain(s.freed, slot, filled, plan.slots)
 
 
-def _sum(plan: _Plan, side, first_tile, tile_count, fresh, sums, s: _Shared):
+def add(plan: Plan, side, first_tile, tile_count, fresh, sums, s: Shared):
     """LEFT or RIGHT."""
     columns = plan.columns(side)
 
     def tile(_, carry):
         accumulators, slot, phases, index_slot = carry
         plgpu.barrier_wait(s.listed.at[index_slot])
-        key = plgpu.load(s.keys.at[index_slot], layout=plgpu.Layout.WGMMA.reduce(0))
+        key = plgpu.load(
+            s.picked.at[plan.index_slots + index_slot], layout=plgpu.Layout.WGMMA.reduce(0)
+        )
         key = lax.broadcast_in_dim(key, (BLOCK, PAIRS), (1,))
         row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, PAIRS), 0, layout=plgpu.Layout.WGMMA)
         is_key = jnp.where(key == row, 1.0, 0.0).astype(jnp.bfloat16)
-        steps = [functools.partial(s.landing.wait, slot, phases)]
-        rows = s.ring.at[slot]
-        steps += [
-            Product(i, is_key, rows.at[:, pl.ds(start, width)])
-            for i, (start, width) in enumerate(columns)
-        ]
+        steps, slots = [], []
+        for some in columns:
+            steps.append(functools.partial(s.landing.wait, slot, phases))
+            for start, width in some:
+                right = s.ring.at[slot, :, pl.ds(start, width)]
+                steps.append(Product(sum(map(len, columns[: len(slots)])), is_key, right))
+            slots.append(slot)
+            phases = Landing.next(slot, phases)
+            slot = next_slot(slot, plan.slots)
         accumulators = multiply_add(accumulators, steps, plan.interpret)
         warpgroup_barrier(plan.interpret)
-        plgpu.barrier_arrive(s.freed.at[slot])
-        phases = Landing.next(slot, phases)
-        return accumulators, next_slot(slot, SLOTS), phases, next_slot(index_slot, INDEX_SLOTS)
+        for one in slots:
+            plgpu.barrier_arrive(s.freed.at[one])
+        return accumulators, slot, phases, next_slot(index_slot, plan.index_slots)
 
     def unit(number, first, end, carry):
         block = lax.div(number, jnp.int32(plan.parts))
         part = lax.rem(number, jnp.int32(plan.parts))
-        places = [(part, pl.ds(block * BLOCK, BLOCK), pl.ds(*column)) for column in columns]
+        places = [
+            (part, pl.ds(block * BLOCK, BLOCK), pl.ds(i * plan.part + start, width))
+            for i, some in enumerate(columns)
+            for start, width in some
+        ]
         before = [
             plgpu.load(sums.at[place], layout=plgpu.Layout.WGMMA, optimized=False)
             for place in places
@@ -183,75 +219,3 @@ def _sum(plan: _Plan, side, first_tile, tile_count, fresh, sums, s: _Shared):
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
     _for_each_unit(plan, first_tile, tile_count, unit, [zero, zero, zero])
-
-
-def _kernel(first, first_tile, tile_count, rows, pairs, keys, sums, *, plan: _Plan, **shared):
-    words = shared.pop("landed", shared["pairs_tile"])
-    landing = Landing(words, 4 * INDEX_SLOTS * PAIRS, SLOTS, plan.interpret)
-    s = _Shared(
-        pairs=shared.pop("pairs_tile"), keys=shared.pop("keys_tile"), **shared, landing=landing
-    )
-    role = lax.axis_index("role")
-    for side in (LEFT, RIGHT):
-
-        @pl.when(role == side)
-        def _(side=side):
-            plgpu.set_max_registers(_REGISTERS[side], action="increase")
-            _sum(plan, side, first_tile, tile_count, first[0] == 0, sums, s)
-
-    @pl.when(role == LOADER)
-    def _():
-        plgpu.set_max_registers(_REGISTERS[LOADER], action="decrease")
-        _load(plan, first_tile, tile_count, rows, pairs, keys, s)
-
-
-def sum_rows(first, rows, first_tile, tile_count, pairs, keys, sums, *, sms, interpret=None):
-    """Adds the rows that belong to each key to its sum, or starts the sum with them.
-
-    Args:
-        first: i32 `[1]`, 0 where sums start, whatever `sums` holds.
-        rows: bf16 `[pairs, D]`.
-        first_tile: i32 `[blocks]`, where a block's list starts, in tiles of 64.
-        tile_count: i32 `[blocks]`, how long it is.
-        pairs: i32, the lists: a row, or -1.
-        keys: i32, which key of the block each of `pairs` belongs to.
-        sums: a `jax.Ref`, f32 `[parts, 64 blocks, D]`. A list is cut into parts, each with a sum
-            of its own, so that few blocks keep all CTAs busy.
-        sms: CTAs.
-        interpret: parameters of interpret mode, or None.
-    """
-    count, width = rows.shape
-    parts, blocks = sums.shape[0], sums.shape[1] // BLOCK
-    plan = _Plan(
-        width=width,
-        rows=count,
-        blocks=blocks,
-        parts=parts,
-        ctas=min(sms, blocks * parts),
-        interpret=interpret is not None,
-    )
-    landed = {"landed": plgpu.Barrier(num_barriers=SLOTS)} if plan.interpret else {}
-
-    def sparse_attention_sum_rows(*refs, **scratch):  # its name is the kernel's
-        _kernel(*refs, plan=plan, **scratch)
-
-    plgpu.kernel(
-        sparse_attention_sum_rows,
-        scratch_types={
-            **landed,
-            "ring": plgpu.SMEM((SLOTS, PAIRS, width), jnp.bfloat16, transforms=SWIZZLED),
-            "pairs_tile": plgpu.SMEM((INDEX_SLOTS + 1, PAIRS), jnp.int32),
-            "keys_tile": plgpu.SMEM((INDEX_SLOTS, PAIRS), jnp.int32),
-            "listed": plgpu.Barrier(num_arrivals=2, num_barriers=INDEX_SLOTS),
-            "freed": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
-            "started": plgpu.Barrier(),
-        },
-        grid=(plan.ctas,),
-        grid_names=("cta",),
-        num_threads=3,
-        thread_name="role",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        **({"interpret": interpret} if interpret is not None else {}),
-    )(first, first_tile, tile_count, rows, pairs, keys, sums)

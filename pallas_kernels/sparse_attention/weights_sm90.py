@@ -15,13 +15,12 @@ that they ask for the same rows at the same time is what makes the gather fast. 
     LOADER  fills the ring
 
 What flows through the ring are parts, up to 192 columns of a tile: of each piece of work first
-those of Q and dO, which only pass through on their way to registers, then those of its key tiles.
-Both SCORES and VALUES read a part, then it is free. What one computes of the softmax overlaps the
-products of the other.
+those of Q, dO and O, which only pass through on their way to registers, then those of its key
+tiles. Both SCORES and VALUES read a part, then it is free. VALUES starts with a tile when SCORES
+has its S: so the products of one run while the other is in its arithmetic.
 
-SMEM at 576 columns: 8 x 24,576 of ring, 2 x 2 x 8,192 of P and dS on their way out, 2,048 of
-indices. Registers of a thread: SCORES 232 (144 of Q, 32 of S), VALUES 232 (128 of dO, 32 of dP),
-LOADER 40.
+`weights_and_sums_sm90` runs these CTAs. Registers of a thread: SCORES 232 (144 of Q, 32 of S),
+VALUES 232 (128 of dO, 32 of dP), LOADER 40.
 """
 
 from __future__ import annotations
@@ -30,34 +29,33 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
-from pallas_kernels.hopper.tiles import CHUNK, LOG2E, SWIZZLED
+from pallas_kernels.hopper.tiles import CHUNK, LOG2E
 from pallas_kernels.hopper.wgmma import add_products, finish
 from pallas_kernels.sparse_attention.backward_shares import (
+    RING,
     drain,
     next_slot,
     share_columns,
     strided_loop,
+    swept,
     value_start,
 )
 
 HEADS = 64  # of a CTA: one wgmma's rows
 KEYS = 64  # of a tile
-SLOTS = 8  # of the ring
+SLOTS = RING
 INDEX_SLOTS = 7
-HOLD = True
 SCORES, VALUES, LOADER = range(3)
-_REGISTERS = {SCORES: 232, VALUES: 232, LOADER: 40}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """The static numbers of a call."""
 
     queries: int  # T, of one batch row
@@ -70,11 +68,14 @@ class _Plan:
     scale: float
     window: int  # queries of a call, at most
     total: int  # queries of all calls
-    clusters: int
+    all_clusters: int
+    first_cluster: Any
+    clusters: Any  # that do this
     interpret: bool
 
     @property
     def part(self) -> int:
+        """Columns of a part."""
         return share_columns(self.width)
 
     def chunks(self, width):
@@ -97,15 +98,21 @@ class _Plan:
         ]
 
     def query(self, work):
+        """Of the window."""
         return lax.div(work, jnp.int32(self.groups // self.cluster))
 
+    def tile(self, number, j):
+        """The tile that comes jth, of a query of all."""
+        return swept(number, j, self.tiles, self.all_clusters)
+
     def heads(self, work):
+        """Those of this CTA."""
         shared = lax.rem(work, jnp.int32(self.groups // self.cluster))
         return pl.ds((shared * self.cluster + lax.axis_index("half")) * HEADS, HEADS)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shared:
+class Shared:
     """SMEM and barriers."""
 
     ring: Any  # bf16 [SLOTS, 64, part]
@@ -132,15 +139,15 @@ class _Place(NamedTuple):
         return self._replace(slot=next_slot(self.slot, SLOTS))
 
 
-def _for_each_work(plan: _Plan, first, body, carry):
+def _for_each_work(plan: Plan, first, body, carry):
     """`carry = body(work, carry)` over this cluster's share of the window from `first`."""
     queries = jnp.minimum(plan.window, plan.total - first)
     work = queries * (plan.groups // plan.cluster)
-    mine = lax.axis_index("cluster")
+    mine = lax.axis_index("cluster") - plan.first_cluster
     return strided_loop(work, body, carry, mine=mine, ctas=plan.clusters)
 
 
-def _load(plan: _Plan, first, q, dout, out, kv, indices, s: _Shared):
+def load(plan: Plan, first, q, dout, out, kv, indices, s: Shared):
     """LOADER."""
 
     def acquire(slot, filled):
@@ -151,7 +158,7 @@ def _load(plan: _Plan, first, q, dout, out, kv, indices, s: _Shared):
         return next_slot(slot, SLOTS), filled + 1
 
     def fetch_indices(query, tile, index_slot):
-        source = indices.at[query, pl.ds(tile * KEYS, KEYS)]
+        source = indices.at[query, pl.ds(plan.tile(query, tile) * KEYS, KEYS)]
         plgpu.copy_gmem_to_smem(source, s.picked.at[index_slot], s.picked_full.at[index_slot])
 
     def work_item(work, carry):
@@ -200,7 +207,7 @@ def _load(plan: _Plan, first, q, dout, out, kv, indices, s: _Shared):
     drain(s.freed, slot, filled, SLOTS)
 
 
-def _chunk_by_chunk(plan: _Plan, s: _Shared, place: _Place, columns, visit):
+def _chunk_by_chunk(plan: Plan, s: Shared, place: _Place, columns, visit):
     """`visit(chunk)` for the chunks of Q, dO or O as they arrive; returns the place after them.
 
     `columns` are the part and the offset in it of every chunk.
@@ -219,7 +226,7 @@ def _chunk_by_chunk(plan: _Plan, s: _Shared, place: _Place, columns, visit):
     return place
 
 
-def _skip(plan: _Plan, s: _Shared, place: _Place, width: int):
+def _skip(plan: Plan, s: Shared, place: _Place, width: int):
     """Lets parts of Q, dO or O pass that are not for this warpgroup."""
     for _ in plan.chunks(width):
         plgpu.barrier_wait(s.query_full.at[place.slot])
@@ -228,7 +235,7 @@ def _skip(plan: _Plan, s: _Shared, place: _Place, width: int):
     return place
 
 
-def _product(plan: _Plan, left, start, place: _Place, width: int, s: _Shared, before_last=None):
+def _product(plan: Plan, left, start, place: _Place, width: int, s: Shared, before_last=None):
     """`start + left rows^T` over the columns of a tile's parts, each freed when read.
 
     `before_last` is called when only the products of the last part are unfinished.
@@ -282,7 +289,7 @@ def _over_keys(x):
     return lax.broadcast_in_dim(x, (HEADS, KEYS), (0,))
 
 
-def _scores(plan: _Plan, first, lse, weights, s: _Shared):
+def scores(plan: Plan, first, lse, weights, s: Shared):
     """SCORES. `lse` is in base 2."""
 
     def tile(work, query, lse, j, carry):
@@ -298,18 +305,16 @@ def _scores(plan: _Plan, first, lse, weights, s: _Shared):
         def _():
             plgpu.barrier_wait(s.weights_read.at[buffer])
 
-        def let_values_start():
-            if HOLD:
-                plgpu.barrier_arrive(s.scored.at[buffer])
-
-        scores, place = _product(plan, query, start, place, plan.width, s, let_values_start)
-        found = jnp.exp2(scores * (plan.scale * LOG2E) - _over_keys(lse))
+        let_values_start = functools.partial(plgpu.barrier_arrive, s.scored.at[buffer])
+        raw, place = _product(plan, query, start, place, plan.width, s, let_values_start)
+        found = jnp.exp2(raw * (plan.scale * LOG2E) - _over_keys(lse))
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
         s.p_tile.at[buffer][...] = found.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.weighed.at[buffer])
-        target = weights.at[plan.query(work), j, plan.heads(work)]
+        at = plan.tile(first + plan.query(work), j)
+        target = weights.at[plan.query(work), at, plan.heads(work)]
         plgpu.copy_smem_to_gmem(s.p_tile.at[buffer], target)
         return place, 1 - buffer, next_slot(index_slot, INDEX_SLOTS), count + 1
 
@@ -339,13 +344,12 @@ def _scores(plan: _Plan, first, lse, weights, s: _Shared):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _values(plan: _Plan, first, dlse, dscores, s: _Shared):
+def values(plan: Plan, first, dlse, dscores, s: Shared):
     """VALUES."""
 
     def tile(work, dout, delta, j, carry):
         place, buffer = carry
-        if HOLD:
-            plgpu.barrier_wait(s.scored.at[buffer])
+        plgpu.barrier_wait(s.scored.at[buffer])
         products, place = _product(plan, dout, _zeros(), place, plan.values, s)
         plgpu.barrier_wait(s.weighed.at[buffer])
         weights = plgpu.load(s.p_tile.at[buffer], layout=plgpu.Layout.WGMMA)
@@ -355,7 +359,8 @@ def _values(plan: _Plan, first, dlse, dscores, s: _Shared):
         warpgroup_barrier(plan.interpret)
         s.ds_tile.at[buffer][...] = found.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        target = dscores.at[plan.query(work), j, plan.heads(work)]
+        at = plan.tile(first + plan.query(work), j)
+        target = dscores.at[plan.query(work), at, plan.heads(work)]
         plgpu.copy_smem_to_gmem(s.ds_tile.at[buffer], target)
         return place, 1 - buffer
 
@@ -378,120 +383,3 @@ def _values(plan: _Plan, first, dlse, dscores, s: _Shared):
     zero = jnp.int32(0)
     _for_each_work(plan, first, work_item, (_Place(zero, zero), zero))
     plgpu.wait_smem_to_gmem(0)
-
-
-def _kernel(
-    first, q, dout, out, lse, dlse, kv, indices, weights, dscores, *, plan: _Plan, **shared
-):
-    words = shared.pop("landed", shared["picked"])
-    landing = Landing(words, 4 * INDEX_SLOTS * KEYS, SLOTS, plan.interpret)
-    s = _Shared(**shared, landing=landing)
-    role = lax.axis_index("role")
-    start = first[0]
-
-    @pl.when(role == SCORES)
-    def _():
-        plgpu.set_max_registers(_REGISTERS[SCORES], action="increase")
-        _scores(plan, start, lse, weights, s)
-
-    @pl.when(role == VALUES)
-    def _():
-        plgpu.set_max_registers(_REGISTERS[VALUES], action="increase")
-        _values(plan, start, dlse, dscores, s)
-
-    @pl.when(role == LOADER)
-    def _():
-        plgpu.set_max_registers(_REGISTERS[LOADER], action="decrease")
-        _load(plan, start, q, dout, out, kv, indices, s)
-
-
-def weights_and_dscores(
-    first,
-    q,
-    dout,
-    out,
-    lse,
-    dlse,
-    kv,
-    indices,
-    *,
-    window,
-    queries,
-    rows,
-    scale,
-    sms,
-    interpret=None,
-):
-    """P and dS of a window of queries, bf16 `[window, K / 64, N, 64]`.
-
-    Args:
-        first: i32 `[1]`, the first query of the window.
-        q: bf16 `[all queries, N, C + R]`, N a multiple of 64.
-        dout: bf16 `[all queries, N, C]`.
-        out: O, as dO.
-        lse: f32 `[all queries, N]`, in base 2, finite.
-        dlse: f32 `[all queries, N]`.
-        kv: bf16 `[batch x S, C + R]`.
-        indices: i32 `[all queries, K]`, K a multiple of 64.
-        window: queries of the window; what lies past the last query is left as it is.
-        queries: T of a batch row.
-        rows: S of a batch row.
-        scale: of the scores.
-        sms: CTAs.
-        interpret: parameters of interpret mode, or None.
-    """
-    total, heads, width = q.shape
-    groups = heads // HEADS
-    cluster = 2 if groups % 2 == 0 else 1
-    plan = _Plan(
-        queries=queries,
-        rows=rows,
-        groups=groups,
-        cluster=cluster,
-        width=width,
-        values=dout.shape[-1],
-        tiles=indices.shape[-1] // KEYS,
-        scale=scale,
-        window=window,
-        total=total,
-        clusters=min(sms // cluster, window * groups // cluster),
-        interpret=interpret is not None,
-    )
-
-    def tile(*shape):
-        return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
-
-    result = jax.ShapeDtypeStruct((window, plan.tiles, heads, KEYS), jnp.bfloat16)
-    landed = {"landed": plgpu.Barrier(num_barriers=SLOTS)} if plan.interpret else {}
-
-    def sparse_attention_weights(*refs, **scratch):  # its name is the kernel's
-        _kernel(*refs, plan=plan, **scratch)
-
-    return plgpu.kernel(
-        sparse_attention_weights,
-        out_type=[result, result],
-        scratch_types={
-            **landed,
-            "ring": tile(SLOTS, KEYS, plan.part),
-            "p_tile": tile(2, HEADS, KEYS),
-            "ds_tile": tile(2, HEADS, KEYS),
-            "picked": plgpu.SMEM((INDEX_SLOTS + 1, KEYS), jnp.int32),
-            "query_full": plgpu.Barrier(num_barriers=SLOTS),
-            "picked_full": plgpu.Barrier(num_barriers=INDEX_SLOTS),
-            "freed": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
-            "scored": plgpu.Barrier(num_barriers=2),
-            "weighed": plgpu.Barrier(num_barriers=2),
-            "weights_read": plgpu.Barrier(num_barriers=2),
-            "started": plgpu.Barrier(),
-        },
-        grid=(plan.clusters,),
-        grid_names=("cluster",),
-        cluster=(cluster,),
-        cluster_names=("half",),
-        num_threads=3,
-        thread_name="role",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        **({"interpret": interpret} if interpret is not None else {}),
-    )(first, q, dout, out, lse, dlse, kv, indices)

@@ -12,10 +12,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.sparse_attention import (
     backward_lists,
     backward_sm90,
-    products_sm90,
+    dq_sm90,
     reference,
-    sum_rows_sm90,
-    weights_sm90,
+    rows_sm90,
+    weights_and_sums_sm90,
 )
 
 SCALE = 0.1
@@ -60,8 +60,9 @@ def error(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-def test_backward():
-    """The three kernels and what is between them, against fp32."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_backward(beside):
+    """The kernels and what is between them, against fp32; in one window, and in two."""
     q, kv, indices, dout, dlse = arguments(2, 1, 90, 64, 256, 0, 70)
     options = {"scale": SCALE, "workspace_bytes": 2**30}
     out, lse = reference.forward(*wide(q, kv), indices, value_width=256, **options)
@@ -69,8 +70,9 @@ def test_backward():
     out = out.astype(q.dtype)
     # Not jitted: two interpreted kernels in one program wait for each other.
     found = backward_sm90.gradients(
-        q, kv, indices, out, lse, dout, dlse, scale=SCALE, window=9, sms=2, interpret=interpret()
-    )
+        q, kv, indices, out, lse, dout, dlse,
+        scale=SCALE, window=1 if beside else 9, sms=2, beside=beside, interpret=interpret(),
+    )  # fmt: skip
     assert no_races()
     for one, other in zip(found, expected, strict=True):
         assert error(one, other) < RELATIVE
@@ -90,6 +92,22 @@ def in_tiles(x):
     return x.reshape(queries, heads, selected // 64, 64).swapaxes(1, 2)
 
 
+def pairs_to_sum(queries, selected, parts, width):
+    """Selections of 150 keys with holes at their ends, rows, their lists, sums; the new sums."""
+    rng = np.random.default_rng(0)
+    keys, blocks = 150, 3
+    picked = np.full((queries, selected), 64 * blocks, np.int32)
+    for t in range(queries):
+        count = [selected, 0, selected // 2, 1][t % 4]
+        picked[t, :count] = np.sort(rng.permutation(np.arange(10, keys))[:count])
+    rows = rng.integers(-99, 99, (queries, selected, width))
+    lists = jax.jit(functools.partial(backward_lists.pairs_by_block, blocks=blocks))(picked)
+    before = rng.integers(-99, 99, (parts, blocks * 64, width)).astype(np.float32)
+    added = np.zeros(before.shape[1:], np.float32)
+    np.add.at(added, picked[picked < keys], rows[picked < keys])
+    return jnp.asarray(rows, jnp.bfloat16).reshape(-1, width), lists, before, added
+
+
 def test_second_window():
     """128 heads; a window that starts late and ends past the last query; queries in a row."""
     q, kv, indices, dout, _ = arguments(1, 3, 200, 128, 256, 64, 128)
@@ -100,10 +118,14 @@ def test_second_window():
     delta = jnp.einsum("tnc,tnc->tn", *wide(out, dout)) - dlse
     window = {"window": 3, "queries": 3, "rows": 200, "sms": 2, "interpret": interpret()}
     start = jnp.array([1], jnp.int32)
-    weights, dscores = weights_sm90.weights_and_dscores(
-        start, q, dout, out, lse + 9, dlse, kv, indices, scale=SCALE, **window
-    )
+    before_it, lists, before, change = pairs_to_sum(3, 128, 1, q.shape[-1])
+    sums = jax.new_ref(jnp.asarray(before))
+    weights, dscores = weights_and_sums_sm90.weights_and_sums(
+        jnp.array([1, 1, 0]), q, dout, out, lse + 9, dlse, kv, indices, before_it, lists, sums,
+        scale=SCALE, **window,
+    )  # fmt: skip
     assert no_races()
+    np.testing.assert_array_equal(jax.freeze(sums)[0], before[0] + change)
     rows, exists = reference.gather(wide(kv)[0][None], indices[None])
     q32, dout32 = wide(q, dout)
     scores = SCALE * jnp.einsum("tnd,tkd->tnk", q32, rows[0]) - (lse + 9)[..., None] * np.log(2)
@@ -113,13 +135,17 @@ def test_second_window():
     for found, other in ((weights, expected), (dscores, dexpected)):
         assert error(found[:2], in_tiles(other)[1:]) < RELATIVE
 
-    dq = jax.new_ref(jnp.zeros(q.shape, q.dtype))
-    added = products_sm90.dq_and_rows(
-        start, q, dout, kv, indices, weights, dscores, dq, **window
-    )  # fmt: skip
+    dq, added = (
+        jax.new_ref(jnp.zeros(shape, q.dtype)) for shape in (q.shape, (3 * 128, q.shape[-1]))
+    )
+    dq_sm90.dq_of_queries(start, kv, indices, dscores, dq, **window)
     assert no_races()
-    dq = jax.freeze(dq)
+    options = {name: window[name] for name in ("window", "sms", "interpret")}
+    rows_sm90.rows_of_queries(start, q, dout, weights, dscores, added, **options)
+    assert no_races()
+    dq, added = jax.freeze(dq), jax.freeze(added).reshape(3, 128, -1)
     assert not dq[0].any()  # it comes before the window
+    assert not added[2].any()  # which ends here
 
     def flat(x):
         return jnp.pad(wide(x)[0].swapaxes(1, 2).reshape(3, 128, 128)[:2], ((1, 0), (0, 0), (0, 0)))
@@ -143,26 +169,39 @@ def test_ascending(order):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_sum_rows(parts):
-    """Keys that all queries select, that none does; lists cut into parts; bits, not tolerances."""
+def test_pairs_by_block():
+    """More queries than are counted together, blocks without pairs."""
     rng = np.random.default_rng(0)
-    queries, selected, keys, width = 35, 70, 150, 128
-    picked = np.full((queries, selected), 192, np.int32)
-    for t in range(queries):
-        count = [selected, 0, selected // 2, 1, selected][t % 5]
-        picked[t, :count] = np.sort(rng.permutation(np.arange(10, keys))[:count])
-    blocks = 3
-    rows = jnp.asarray(rng.integers(-99, 99, (queries * selected, width)), jnp.bfloat16)
-    lists = jax.jit(functools.partial(backward_lists.pairs_by_block, blocks=blocks))(picked)
-    before = rng.integers(-99, 99, (parts, blocks * 64, width)).astype(np.float32)
+    queries, selected, blocks = 70, 20, 5
+    picked = np.sort(rng.integers(64, 64 * (blocks - 1), (queries, selected)), axis=1)
+    picked[::3, 13:] = 64 * blocks
+    find = jax.jit(functools.partial(backward_lists.pairs_by_block, blocks=blocks))
+    first, count, pairs, keys = map(np.asarray, find(jnp.asarray(picked, jnp.int32)))
     flat = picked.reshape(-1)
-    for first in (7, 0):  # goes on from what is there, or begins
-        sums = jax.new_ref(jnp.asarray(before if first else before * np.nan))
-        sum_rows_sm90.sum_rows(
-            jnp.array([first]), rows, *lists, sums, sms=2, interpret=interpret()
+    for block in range(blocks):
+        [expected] = np.nonzero(flat // 64 == block)
+        assert count[block] == -(-len(expected) // 64)
+        mine = slice(64 * first[block], 64 * first[block] + len(expected))
+        rest = slice(mine.stop, 64 * (first[block] + count[block]))
+        np.testing.assert_array_equal(pairs[mine], expected)
+        np.testing.assert_array_equal(keys[mine], flat[expected] % 64)
+        assert (pairs[rest] == -1).all()
+        assert (keys[rest] == -1).all()
+
+
+def test_sums_after_the_last_window():
+    """Keys that all queries select, that none does; lists cut into parts; bits, not tolerances."""
+    queries, width, parts = 5, 128, 2
+    added, lists, before, change = pairs_to_sum(queries, 128, parts, width)
+    heads = jnp.zeros((queries, 64, width), jnp.bfloat16)
+    numbers = jnp.zeros((queries, 64))
+    for fresh in (True, False):  # begins, or goes on from what is there
+        sums = jax.new_ref(jnp.asarray(before * np.nan if fresh else before))
+        weights_and_sums_sm90.weights_and_sums(
+            jnp.array([queries, 2, fresh]), heads, heads, heads, numbers, numbers, heads[0],
+            jnp.zeros((queries, 128), jnp.int32), added, lists, sums,
+            window=queries, queries=queries, rows=64, scale=1.0, sms=2, interpret=interpret(),
         )  # fmt: skip
         assert no_races()
-        expected = before.sum(axis=0) * (first > 0)
-        np.add.at(expected, flat[flat < keys], np.asarray(rows, np.float64)[flat < keys])
+        expected = change if fresh else change + before.sum(axis=0)
         np.testing.assert_array_equal(jax.freeze(sums).sum(axis=0), expected)

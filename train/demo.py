@@ -418,7 +418,7 @@ def _measure_cost(preset: Preset, console: Console) -> dict[str, Any]:
         measured = cost.measure(
             preset.cost_shape,
             preset.cost_positions,
-            tokens=4,
+            tokens=preset.cost_sequences,
             repeats=9,
             dtype=preset.compute_dtype,
             report=lambda position: progress.advance(task),

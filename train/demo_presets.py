@@ -74,6 +74,7 @@ class Preset:
         buckets: edges of the buckets of position, up to `long_length`.
         cost_shape: of the layer that is timed.
         cost_positions: cached keys at which it is timed.
+        cost_sequences: how many decode at once when it is timed.
         mixture: lengths of the documents that fill the training rows; empty: one fills a row.
         needles: what is asked of every model; None: rows hold no needles.
         sample_length: bytes of the row whose second half the model writes; None: `length`.
@@ -101,6 +102,7 @@ class Preset:
     buckets: tuple[int, ...]
     cost_shape: LayerShape
     cost_positions: tuple[int, ...]
+    cost_sequences: int = 4
     mixture: tuple[int, ...] = ()
     needles: Grid | None = None
     sample_length: int | None = None
@@ -186,7 +188,7 @@ def _gpu() -> Preset:
         num_hidden_layers=6,
         first_k_dense_replace=0,  # one kind of layer: half the program to compile
         num_attention_heads=8,
-        q_lora_rank=192,
+        q_lora_rank=128,
         kv_lora_rank=256,
         qk_nope_head_dim=64,
         qk_rope_head_dim=64,
@@ -195,7 +197,7 @@ def _gpu() -> Preset:
         n_group=1,
         topk_group=1,
         index_n_heads=64,
-        index_head_dim=64,
+        index_head_dim=128,
         index_topk=256,
         max_position_embeddings=16_384,
     )
@@ -216,6 +218,7 @@ def _gpu() -> Preset:
         buckets=(256, 1024, 2048, 4096, 8192, 12_288, 16_384),
         cost_shape=LayerShape(),
         cost_positions=(1024, 8192, 32_768, 131_072),
+        cost_sequences=16,
         mixture=(256, 512, 1024, 2048, 4096, 8192),
         needles=Grid((1024, 2048, 4096, 8192, 16_384), (0.1, 0.3, 0.5, 0.7, 0.9), 16, 4),
         sample_length=512,

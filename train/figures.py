@@ -246,10 +246,10 @@ def needles(results: Results) -> Figure:
     figure, panels = plt.subplots(
         1, len(asked["accuracy"]), figsize=(13, 3.4), layout="constrained", sharey=True
     )
-    image = None
+    images = []
     for axes, rung in zip(panels, asked["accuracy"], strict=True):
         share = np.mean([run["needles"]["accuracy"][rung] for run in runs], axis=0)
-        image = axes.imshow(share.T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        images.append(axes.imshow(share.T, vmin=0, vmax=1, cmap="viridis", aspect="auto"))
         for (row, column), value in np.ndenumerate(share):
             color = "white" if value < 0.6 else "black"
             axes.text(
@@ -260,7 +260,7 @@ def needles(results: Results) -> Figure:
         axes.set_yticks(range(len(asked["depths"])), [f"{depth:.0%}" for depth in asked["depths"]])
         axes.grid(visible=False)
     panels[0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=panels, label="answered", shrink=0.9)
+    figure.colorbar(images[-1], ax=panels, label="answered", shrink=0.9)
     return figure
 
 

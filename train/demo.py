@@ -248,6 +248,7 @@ class _Seed:
         out["checks"]["changed_frozen_arrays"] = changed_arrays(
             models[ladder.GRAFTED], models[ladder.WARMED]
         )
+        self.console.print("writing a sample")
         out["sample"] = self.sample(sparse.model)
         out["seconds"] = time.perf_counter() - began
         return out
@@ -265,7 +266,9 @@ class _Seed:
         control = self.config(_CONTROL, Stage.DENSE, p.sparse, None)
         for name, config in ((_WARMUP, warmup), (_SPARSE, sparse), (_CONTROL, control)):
             self.steps[name] = self.ahead.submit(compile_step, config)
-        self.exam.rehearse(self.ahead, starting_model(warmup))
+        rehearsed = starting_model(warmup)
+        self.exam.rehearse(self.ahead, rehearsed)
+        self.ahead.submit(self.sample, rehearsed)
 
     def config(self, name: str, stage: Stage, stage_plan: StagePlan, source: Path | None):
         """One stage's run."""
@@ -332,7 +335,6 @@ class _Seed:
         text = [text for text in texts if " " in text.partition(corpus.QUOTE)[2]][self.seed]
         opening = text.index(corpus.QUOTE) + 1
         prompt = text[: text.index(" ", opening) + 1]
-        self.console.print("writing a sample")
         made = generate(
             model,
             [tokenizer.encode(prompt)],

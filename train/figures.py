@@ -435,9 +435,13 @@ def cost(results: Results) -> Figure:
     place = cross["decode bytes"]
     middle.plot(place, published.sparse_bytes(place) / 1e6, label="crossover", **_CROSSING)
     middle.set(title="Cache bytes read in decode (counted)", ylabel="MB per token and layer")
-    _measured(right, results["cost"])
-    for axes, topk in ((left, published.topk), (middle, published.topk),
-                       (right, results["cost"]["shape"]["topk"])):  # fmt: skip
+    panels = [(left, published.topk), (middle, published.topk)]
+    if results["cost"]["measured"]:
+        _measured(right, results["cost"])
+        panels.append((right, results["cost"]["shape"]["topk"]))
+    else:
+        right.set_axis_off()
+    for axes, topk in panels:
         axes.set(xscale="log", yscale="log", xlabel="position t (cached keys)")
         axes.axvline(topk, color=COLORS["sparse"], linewidth=0.8, alpha=0.5)
         low, high = (round(np.log2(x)) for x in axes.dataLim.intervalx)

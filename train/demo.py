@@ -332,7 +332,7 @@ class _Seed:
         held = self.text.held_out[length].read_text(encoding="utf-8")
         texts = [json.loads(line)["text"] for line in held.splitlines()]
         # Rows that hold needles may begin with a question, and short ones quote nothing.
-        text = [text for text in texts if " " in text.partition(corpus.QUOTE)[2]][self.seed]
+        text = [text for text in texts if " " in text.partition(corpus.QUOTE)[2][:-1]][self.seed]
         opening = text.index(corpus.QUOTE) + 1
         prompt = text[: text.index(" ", opening) + 1]
         made = generate(

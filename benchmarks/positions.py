@@ -1,7 +1,7 @@
 """What a token's attention costs by its position, dense and sparse, from times of the kernels.
 
     python -m benchmarks.positions --json benchmarks/results/positions_h100.json
-    python -m benchmarks.position_figure benchmarks/results/positions_h100.json FIGURE.png
+    python -m benchmarks.position_figure FIGURE.png benchmarks/results/positions_h100.json
 
 One attention layer of DeepSeek-V3.2-Exp in bf16. *Prefill*: the last 4096 queries of a prompt of t
 tokens; dense attention per head, as prompts are served. *Decode*: one query each of 16 sequences

@@ -75,10 +75,12 @@ class DemoConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Triton's candidates for small matmuls take longer to compile than they could ever win here.
-    flag = "--xla_gpu_enable_triton_gemm"
-    if flag not in (flags := os.environ.get("XLA_FLAGS", "")):
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
+    # XLA's search for the fastest matmuls takes longer than they could ever win back here, and
+    # holds the GPU while the first stage trains.
+    for flag in ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_autotune_level=0"):
+        flags = os.environ.get("XLA_FLAGS", "")
+        if flag.partition("=")[0] not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
     config = tyro.cli(DemoConfig, args=given, prog="python -m train demo")
     console = Console()
     try:

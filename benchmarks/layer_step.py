@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ OPS = (
     ("dense_attention", "dense attention, forward"),
     ("indexer_target", "indexer's KL"),
     ("indexer_gradient", "indexer's KL"),
-    ("indexer_kl", "indexer's KL"),
+    ("indexer_loss", "indexer's KL"),
     ("indexer_scores", "indexer's scores"),  # of the selection, and in warm-up of the KL
     ("topk", "top-k"),
     ("sparse_attention_forward", "sparse attention, forward"),
@@ -248,19 +248,29 @@ class _Steps(jax.stages.Wrapped):
         raise NotImplementedError
 
 
-def measure(case: Case, config: TrainConfig, compiled: Any, repeats: int = 2) -> dict[str, Any]:
-    """Time of a step on the host's clock, and of its kernels by CUPTI."""
-    state, h, above = jax.jit(functools.partial(prepare, config))()
+def measure(case: Case, make: Callable, compiled: Any, repeats: int = 2) -> dict[str, Any]:
+    """Time of a step on the host's clock, and of its kernels by CUPTI.
+
+    Args:
+        case: what is measured.
+        make: `prepare` of its config, compiled.
+        compiled: its step.
+        repeats: steps whose median counts, after one that loads the program; the first of them is
+            profiled.
+    """
+    state, h, above = make()
     steps = _Steps(compiled, jax.block_until_ready(state))
     del state
     _say(f"{case.name} has its weights")
-    _, runs = profiler.measure(steps, aggregate=False, iterations=repeats)(h, above)
-    if runs is None:
+    _, run = profiler.measure(steps, aggregate=False)(h, above)
+    if run is None:
         raise RuntimeError("CUPTI saw no kernel: layer_step needs an NVIDIA GPU")
     kernels: dict[str, float] = {}
-    for name, ms in cast(Any, runs[0] if repeats > 1 else runs):
+    for name, ms in run:
         kernels[name] = kernels.get(name, 0.0) + ms
-    seconds = statistics.median(steps.seconds[1:])  # the first one loads the program
+    for _ in range(repeats - 1):
+        steps(h, above)
+    seconds = statistics.median(steps.seconds[1:])
     rest = sorted(
         ((ms, name) for name, ms in kernels.items() if not any(part in name for part, _ in OPS)),
         reverse=True,
@@ -313,41 +323,46 @@ def check(tokens: int, model: ModelConfig, pool: Executor) -> Callable[[], dict[
         state, h, above = jax.jit(functools.partial(prepare, config, 1))()
         found, outcome = ours.result()(state.params, h, above)
         wanted, reference = theirs.result()(state.params, h, above, outcome.selection)
-        errors = differences(found, wanted, h, above, outcome, reference)
-        return {
-            "op": "layer_check",
-            "keys": tokens,
-            "topk": topk,
-            "bound": BOUND,
-            "within": max(errors.values()) <= BOUND,
-            "errors": {name: float(f"{error:.2e}") for name, error in errors.items()},
-            "kl": [round(float(x.kl), 6) for x in (outcome, reference)],
-        }
+        compare = jax.jit(differences)
+        errors = jax.device_get(compare(found, wanted, h, above, outcome, reference))
+        return checked_row(tokens, topk, errors, (outcome, reference))
 
     return finish
 
 
-def differences(
-    found: Params, wanted: Params, h: jax.Array, above: jax.Array, ours: Outcome, theirs: Outcome
-) -> dict[str, float]:
+def checked_row(tokens: int, topk: int, errors: Any, outcomes: Any) -> dict[str, Any]:
+    """The check as a row of the results."""
+    return {
+        "op": "layer_check",
+        "keys": tokens,
+        "topk": topk,
+        "bound": BOUND,
+        "within": bool(max(errors.values()) <= BOUND),
+        "errors": {name: float(f"{error:.2e}") for name, error in errors.items()},
+        "kl": [round(float(x.kl), 6) for x in outcomes],
+    }
+
+
+def differences(found: Params, wanted: Params, *layers: Any) -> dict[str, jax.Array]:
     """Relative difference of each group's gradient, of the layer's update and of what it sends
-    down; what merely passes through the layer is left out of both."""
-    sums: dict[str, list[float]] = {}
+    down; what merely passes through the layer is left out of both.
 
-    def compare(name: str, a: jax.Array, b: jax.Array) -> None:
+    Args:
+        found: gradients by kernels.
+        wanted: gradients by XLA.
+        layers: the layer's input, the gradient from above, both outcomes.
+    """
+    h, above, ours, theirs = layers
+    pairs = [(group(path), found[path], wanted[path]) for path in found if "stacks/" in path]
+    pairs.append(("output", ours.hidden - h, theirs.hidden - h))
+    pairs.append(("input", ours.below - above, theirs.below - above))
+    sums: dict[str, list[jax.Array]] = {}
+    for name, a, b in pairs:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        both = sums.setdefault(name, [0.0, 0.0])
-        both[0] += float(jnp.sum((a - b) ** 2))
-        both[1] += float(jnp.sum(b**2))
-
-    for path in found:
-        if path.startswith("stacks/"):
-            compare(group(path), found[path], wanted[path])
-    assert ours.below is not None
-    assert theirs.below is not None
-    compare("output", ours.hidden - h, theirs.hidden - h)
-    compare("input", ours.below - above, theirs.below - above)
-    return {name: (part / whole) ** 0.5 for name, (part, whole) in sums.items()}
+        both = sums.setdefault(name, [jnp.float32(0), jnp.float32(0)])
+        both[0] += jnp.sum((a - b) ** 2)
+        both[1] += jnp.sum(b**2)
+    return {name: jnp.sqrt(part / whole) for name, (part, whole) in sums.items()}
 
 
 def _say(text: str) -> None:
@@ -388,7 +403,8 @@ def main() -> None:
             row = {"op": "layer_step", "kind": case.name, "keys": case.tokens}
             row |= {"implementations": chosen, **memory(program.result())}
             _say(f"{case.name} compiled: {memory(program.result())}")
-            add(row | measure(case, config, program.result()))
+            make = jax.jit(functools.partial(prepare, config))
+            add(row | measure(case, make, program.result()))
 
 
 if __name__ == "__main__":

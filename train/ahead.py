@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 # Tracing holds the interpreter, which the training loop needs too: more would slow it down.
-_THREADS = 4
+_THREADS = 3
 
 
 class Ahead:

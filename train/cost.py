@@ -159,12 +159,11 @@ def measure(
 def _measure_one(
     shape: LayerShape, position: int, tokens: int, repeats: int, dtype: jnp.dtype
 ) -> Measurement:
-    rng = np.random.default_rng(position)  # NumPy's: JAX would compile a program for each shape
     # Drawn once and repeated, which is faster; of a prime length, so that no two keys are equal.
-    numbers = rng.standard_normal(1_000_003, np.float32)
+    numbers = np.random.default_rng(position).standard_normal(1_000_003, np.float32)
 
     def normal(*dims: int, dtype: jnp.dtype = dtype) -> jax.Array:
-        return jnp.asarray(np.resize(numbers, dims).astype(dtype))
+        return jnp.resize(jnp.asarray(numbers, dtype), dims)
 
     row = shape.latent + shape.rotary
     q, kv = normal(tokens, 1, shape.heads, row), normal(tokens, position, row)

@@ -75,10 +75,12 @@ class DemoConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Triton's candidates for small matmuls take longer to compile than they could ever win here.
-    flag = "--xla_gpu_enable_triton_gemm"
-    if flag not in (flags := os.environ.get("XLA_FLAGS", "")):
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
+    # XLA's search for the fastest matmuls takes longer than they could ever win back here, and
+    # holds the GPU while the first stage trains.
+    for flag in ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_autotune_level=0"):
+        flags = os.environ.get("XLA_FLAGS", "")
+        if flag.partition("=")[0] not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
     config = tyro.cli(DemoConfig, args=given, prog="python -m train demo")
     console = Console()
     try:
@@ -248,6 +250,7 @@ class _Seed:
         out["checks"]["changed_frozen_arrays"] = changed_arrays(
             models[ladder.GRAFTED], models[ladder.WARMED]
         )
+        self.console.print("writing a sample")
         out["sample"] = self.sample(sparse.model)
         out["seconds"] = time.perf_counter() - began
         return out
@@ -265,7 +268,9 @@ class _Seed:
         control = self.config(_CONTROL, Stage.DENSE, p.sparse, None)
         for name, config in ((_WARMUP, warmup), (_SPARSE, sparse), (_CONTROL, control)):
             self.steps[name] = self.ahead.submit(compile_step, config)
-        self.exam.rehearse(self.ahead, starting_model(warmup))
+        rehearsed = starting_model(warmup)
+        self.exam.rehearse(self.ahead, rehearsed)
+        self.ahead.submit(self.sample, rehearsed)
 
     def config(self, name: str, stage: Stage, stage_plan: StagePlan, source: Path | None):
         """One stage's run."""
@@ -329,10 +334,9 @@ class _Seed:
         held = self.text.held_out[length].read_text(encoding="utf-8")
         texts = [json.loads(line)["text"] for line in held.splitlines()]
         # Rows that hold needles may begin with a question, and short ones quote nothing.
-        text = [text for text in texts if " " in text.partition(corpus.QUOTE)[2]][self.seed]
+        text = [text for text in texts if " " in text.partition(corpus.QUOTE)[2][:-1]][self.seed]
         opening = text.index(corpus.QUOTE) + 1
         prompt = text[: text.index(" ", opening) + 1]
-        self.console.print("writing a sample")
         made = generate(
             model,
             [tokenizer.encode(prompt)],
@@ -418,7 +422,7 @@ def _measure_cost(preset: Preset, console: Console) -> dict[str, Any]:
         measured = cost.measure(
             preset.cost_shape,
             preset.cost_positions,
-            tokens=4,
+            tokens=preset.cost_sequences,
             repeats=9,
             dtype=preset.compute_dtype,
             report=lambda position: progress.advance(task),

@@ -109,7 +109,7 @@ class Exam:
                 answers[q.rung.name] = self.ask(q, models[q.rung.weights], rows[q.length])
                 progress.advance(task)
         sweep[self.topk] = {name: found["ladder"][name] for name in ladder.SWEEP}
-        self.draw(models[ladder.SPARSE], picture)
+        np.savez_compressed(picture, **self.draw(models[ladder.SPARSE]))  # pyright: ignore
         same = found["ladder"]["warmed_all"], found["ladder"]["dense"]
         return self.needles(models, console) | {
             "ladder": ladder.summarise(found["ladder"], rows[p.length]),
@@ -131,6 +131,7 @@ class Exam:
         programs = {q.program(self.topk): q for q in self.questions()}
         for q in programs.values():
             ahead.submit(self.ask, q, model, self.held_out(q.length)[:1])
+        ahead.submit(self.draw, model)
         if self.preset.needles is not None:
             for attention in ("dense", "sparse"):
                 ahead.submit(self._answer, model, attention, 1)
@@ -160,12 +161,10 @@ class Exam:
         packed = needles.batches(grid, made)[:batches]
         return needles.evaluate(model, grid, made, packed, attention)
 
-    def draw(self, model: Transformer, path: Path) -> None:
+    def draw(self, model: Transformer) -> dict[str, np.ndarray]:
         """The arrays behind the picture of a selection."""
-        length = self.preset.picture_length or self.preset.length
-        rows = self.held_out(length)
-        picture = ladder.snapshot(model, rows[len(rows) // 2])
-        np.savez_compressed(path, **picture)  # pyright: ignore[reportArgumentType]
+        rows = self.held_out(self.preset.picture_length or self.preset.length)
+        return ladder.snapshot(model, rows[len(rows) // 2])
 
     def data(self, path: Path) -> DataConfig:
         """A file of rows as documents, which fill the model's rows.

@@ -74,6 +74,7 @@ class Preset:
         buckets: edges of the buckets of position, up to `long_length`.
         cost_shape: of the layer that is timed.
         cost_positions: cached keys at which it is timed.
+        cost_sequences: how many decode at once when it is timed.
         mixture: lengths of the documents that fill the training rows; empty: one fills a row.
         needles: what is asked of every model; None: rows hold no needles.
         sample_length: bytes of the row whose second half the model writes; None: `length`.
@@ -101,6 +102,7 @@ class Preset:
     buckets: tuple[int, ...]
     cost_shape: LayerShape
     cost_positions: tuple[int, ...]
+    cost_sequences: int = 4
     mixture: tuple[int, ...] = ()
     needles: Grid | None = None
     sample_length: int | None = None
@@ -186,7 +188,7 @@ def _gpu() -> Preset:
         num_hidden_layers=6,
         first_k_dense_replace=0,  # one kind of layer: half the program to compile
         num_attention_heads=8,
-        q_lora_rank=192,
+        q_lora_rank=128,
         kv_lora_rank=256,
         qk_nope_head_dim=64,
         qk_rope_head_dim=64,
@@ -195,7 +197,7 @@ def _gpu() -> Preset:
         n_group=1,
         topk_group=1,
         index_n_heads=64,
-        index_head_dim=64,
+        index_head_dim=128,
         index_topk=256,
         max_position_embeddings=16_384,
     )
@@ -203,21 +205,22 @@ def _gpu() -> Preset:
         model=model,
         length=8192,
         long_length=16_384,
-        batch_size=8,
+        batch_size=4,
         compute_dtype="bfloat16",
-        dense=StagePlan(500, rate=2e-3, indexer_rate=0.0, final_fraction=0.1),
-        warmup=StagePlan(100, rate=0.0, indexer_rate=3e-3),
-        sparse=StagePlan(80, rate=4e-4, indexer_rate=1e-3),
-        scored_rows=8,
+        dense=StagePlan(700, rate=1.5e-3, indexer_rate=0.0, final_fraction=0.1),
+        warmup=StagePlan(120, rate=0.0, indexer_rate=3e-3),
+        sparse=StagePlan(100, rate=4e-4, indexer_rate=1e-3),
+        scored_rows=4,
         score_batch=2,
-        sweep=(64, 1024),
+        sweep=(64,),
         local=512,
         sink=4,
         buckets=(256, 1024, 2048, 4096, 8192, 12_288, 16_384),
         cost_shape=LayerShape(),
-        cost_positions=(1024, 8192, 32_768, 131_072),
+        cost_positions=(1024, 16_384, 131_072),
+        cost_sequences=16,
         mixture=(256, 512, 1024, 2048, 4096, 8192),
-        needles=Grid((1024, 2048, 4096, 8192, 16_384), (0.1, 0.3, 0.5, 0.7, 0.9), 16, 4),
+        needles=Grid((1024, 2048, 4096, 8192, 16_384), (0.1, 0.3, 0.5, 0.7, 0.9), 12, 4),
         sample_length=512,
         picture_length=1024,
         compile_ahead=True,

@@ -246,10 +246,10 @@ def needles(results: Results) -> Figure:
     figure, panels = plt.subplots(
         1, len(asked["accuracy"]), figsize=(13, 3.4), layout="constrained", sharey=True
     )
-    image = None
+    images = []
     for axes, rung in zip(panels, asked["accuracy"], strict=True):
         share = np.mean([run["needles"]["accuracy"][rung] for run in runs], axis=0)
-        image = axes.imshow(share.T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        images.append(axes.imshow(share.T, vmin=0, vmax=1, cmap="viridis", aspect="auto"))
         for (row, column), value in np.ndenumerate(share):
             color = "white" if value < 0.6 else "black"
             axes.text(
@@ -260,7 +260,7 @@ def needles(results: Results) -> Figure:
         axes.set_yticks(range(len(asked["depths"])), [f"{depth:.0%}" for depth in asked["depths"]])
         axes.grid(visible=False)
     panels[0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=panels, label="answered", shrink=0.9)
+    figure.colorbar(images[-1], ax=panels, label="answered", shrink=0.9)
     return figure
 
 
@@ -435,9 +435,13 @@ def cost(results: Results) -> Figure:
     place = cross["decode bytes"]
     middle.plot(place, published.sparse_bytes(place) / 1e6, label="crossover", **_CROSSING)
     middle.set(title="Cache bytes read in decode (counted)", ylabel="MB per token and layer")
-    _measured(right, results["cost"])
-    for axes, topk in ((left, published.topk), (middle, published.topk),
-                       (right, results["cost"]["shape"]["topk"])):  # fmt: skip
+    panels = [(left, published.topk), (middle, published.topk)]
+    if results["cost"]["measured"]:
+        _measured(right, results["cost"])
+        panels.append((right, results["cost"]["shape"]["topk"]))
+    else:
+        right.set_axis_off()
+    for axes, topk in panels:
         axes.set(xscale="log", yscale="log", xlabel="position t (cached keys)")
         axes.axvline(topk, color=COLORS["sparse"], linewidth=0.8, alpha=0.5)
         low, high = (round(np.log2(x)) for x in axes.dataLim.intervalx)

@@ -117,6 +117,18 @@ def snapshot(model: Transformer, batch: Batch) -> dict[str, np.ndarray]:
         `target` `[layers, T, S]`, `chosen` and `oracle` `[layers, T, S]` booleans, `tokens` `[T]`.
     """
 
+    row = {name: jnp.asarray(values[:1]) for name, values in batch.items()}
+    target, chosen, oracle = (np.asarray(x)[:, 0] for x in _look(model, row))
+    return {
+        "target": target,
+        "chosen": chosen,
+        "oracle": oracle,
+        "tokens": np.asarray(row["tokens"][0]),
+    }
+
+
+@jax.jit
+def _look(model: Transformer, row: Batch) -> Any:
     topk = model.config.index_topk
     assert topk is not None
 
@@ -127,22 +139,10 @@ def snapshot(model: Transformer, batch: Batch) -> dict[str, np.ndarray]:
         oracle = metrics.oracle_selection(p, state.ranges, topk)
         return p, state.selection.mask(keys), oracle.mask(keys)
 
-    row = {name: jnp.asarray(values[:1]) for name, values in batch.items()}
-
-    @jax.jit
-    def run(model: Transformer) -> Any:
-        return model(
-            row["tokens"],
-            positions=row["positions"],
-            segment_ids=row["segment_ids"],
-            attention="sparse",
-            probe=look,
-        ).probe
-
-    target, chosen, oracle = (np.asarray(x)[:, 0] for x in run(model))
-    return {
-        "target": target,
-        "chosen": chosen,
-        "oracle": oracle,
-        "tokens": np.asarray(row["tokens"][0]),
-    }
+    return model(
+        row["tokens"],
+        positions=row["positions"],
+        segment_ids=row["segment_ids"],
+        attention="sparse",
+        probe=look,
+    ).probe

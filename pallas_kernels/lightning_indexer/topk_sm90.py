@@ -150,6 +150,7 @@ def _launch(program: Callable, plan: Plan, tasks: int, *arrays: jax.Array) -> ja
         grid_names=("task",),
         num_threads=plan.threads // 128,
         thread_name="warpgroup",
+        kernel_name="dsa_topk",
         # The program speaks of single lanes; nothing here needs layout inference.
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0

@@ -178,6 +178,7 @@ def forward(
         cluster_names=("half",),
         num_threads=3,
         thread_name="role",
+        kernel_name="sparse_attention_forward",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),

@@ -4,7 +4,7 @@ import copy
 import math
 
 import pytest
-from demo_results import LAYERS, results
+from demo_results import LAYERS, needles, results
 
 from train import claims
 from train.claims import CLAIMS, Claim, check
@@ -102,3 +102,49 @@ def test_mean_and_range():
     assert claims.mean_and_range([1.0, math.nan]) == "n/a"
     assert claims.number(3e-6) == "3.0e-06"
     assert claims.number(0.0) == "0.000"
+
+
+# --- needles, and bf16 ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked():
+    data = results()
+    for run in data["runs"]:
+        run["needles"] = needles()
+    return data
+
+
+def failed(data):
+    verdicts = check(claims.of(data), data["runs"])
+    return {v.claim.name for v in verdicts if not v.holds} - {"full_scale_gap"}
+
+
+def test_needles_add_their_claims_only_where_they_were_asked_for(asked):
+    assert claims.of(results()) == CLAIMS
+    names = {claim.name for claim in claims.of(asked)} - {claim.name for claim in CLAIMS}
+    assert names == {"dense_finds", "warmed_finds", "sparse_finds"}
+    assert failed(asked) == set()
+
+
+@pytest.mark.parametrize(
+    ("rung", "share", "claim"),
+    [
+        ("dense", 0.85, "dense_finds"),
+        ("warmed", 0.87, "warmed_finds"),
+        ("sparse", 0.95, "sparse_finds"),
+    ],
+)
+def test_each_needle_claim_can_fail(asked, rung, share, claim):
+    # The longer documents are as good as ever: they decide nothing.
+    asked["runs"][0]["needles"]["accuracy"][rung][0] = [share] * 3
+    assert failed(asked) == {claim}
+
+
+def test_in_bf16_the_mean_loss_with_all_keys_decides(asked):
+    asked["compute_dtype"] = "bfloat16"
+    checks = asked["runs"][0]["checks"]
+    checks |= {"all_keys_differing_rows": 1.0, "all_keys_loss": 0.004}
+    assert failed(asked) == set()
+    checks["all_keys_loss"] = 0.006
+    assert failed(asked) == {"all_keys"}

@@ -5,7 +5,7 @@ import re
 import struct
 
 import pytest
-from demo_results import results, write_folder
+from demo_results import needles, results, write_folder
 from rich.console import Console
 
 from train import report
@@ -91,3 +91,19 @@ def test_terminal_tables():
 def test_results_are_json(tmp_path):
     data = results()
     assert json.loads(json.dumps(data)) == data
+
+
+def test_needles_get_a_section_with_every_model_and_length(tmp_path):
+    data = results() | {"implementations": {"dense_attention": "mosaic", "top": "xla (too wide)"}}
+    data["runs"][0]["needles"] = needles()
+    folder = write_folder(tmp_path / "run", data=data)
+    text = report.write(folder).read_text()
+    assert "## Retrieval" in text
+    assert "`dense_attention` mosaic; `top` xla (too wide)" in text
+    rows = re.findall(r"^\| ([\w -]+) \| (\d\.\d+) \| (\d\.\d+) \|$", text, re.MULTILINE)
+    assert ("warm-up only", "0.950", "0.950") in rows
+    assert len([row for row in rows if row[0] in report._NEEDLE_TITLES.values()]) == 5
+    assert size_of_png(folder / "figures" / "needles.png")[0] > 600
+    console = Console(width=80, record=True)
+    console.print(report.needle_table(data))
+    assert "after sparse training" in console.export_text()

@@ -1,0 +1,37 @@
+"""When curves count as equal: measured against what one rounding of the weights does."""
+
+import numpy as np
+import pytest
+
+from benchmarks import loss_curves
+from benchmarks.loss_curves import LIMIT, STAGES, compare
+
+
+def curves(kernels, moved):
+    steps = np.linspace(5, 3, 40)
+    far = {"xla": 0.0, "moved": moved, "kernels": kernels}
+    return {
+        name: {stage.value: (steps + x).tolist() for stage in STAGES} for name, x in far.items()
+    }
+
+
+def test_within_the_noise_is_equal_and_beyond_it_is_not():
+    found = compare(curves(kernels=0.9 * LIMIT * 0.01, moved=0.01))
+    assert all(stage["equal"] for stage in found.values())
+    assert found["dense"]["moved"] == pytest.approx(0.01)
+    found = compare(curves(kernels=1.1 * LIMIT * 0.01, moved=0.01))
+    assert not any(stage["equal"] for stage in found.values())
+
+
+def test_the_curves_are_drawn(tmp_path):
+    found = curves(kernels=0.01, moved=0.01)
+    path = tmp_path / "curves.png"
+    loss_curves.draw({"curves": found, "distances": compare(found)}, path)
+    assert path.stat().st_size > 10_000
+
+
+def test_the_stages_are_the_demos():
+    for stage in STAGES:
+        config = loss_curves.config(stage)
+        assert config.stage is stage
+        assert config.model.index_topk * 4 <= config.sequence_length

@@ -1,0 +1,75 @@
+"""Cost against position: what is drawn is what was measured, and the report's lines are scaled."""
+
+import json
+
+import pytest
+
+from benchmarks import position_figure as figure
+from benchmarks.positions import POSITIONS, calls
+
+
+@pytest.fixture
+def results():
+    rows = [
+        {"op": "position", "kind": f"{mode} {part}", "keys": t, "us_per_token": us * t / 1024}
+        for mode in ("prefill", "decode")
+        for part, us in (("dense", 0.1), ("indexer", 0.01), ("sparse", 0.004))
+        for t in POSITIONS
+    ]
+    environment = {"gpu": "a GPU", "jax": "0", "date": "today"}
+    return {"runs": [{"environment": environment}], "rows": rows}
+
+
+def test_every_part_is_timed_at_its_position():
+    found = {(c.mode, c.part): c for c in calls(8192)}
+    assert len(found) == 6
+    assert {c.tokens for c in found.values()} == {4096, 16}
+
+
+def test_sparse_is_indexer_and_attention(results):
+    assert figure.sparse(results, "decode")[131_072] == pytest.approx(0.014 * 128)
+
+
+def test_the_dense_lines_agree_at_the_last_position(results):
+    for mode in ("prefill", "decode"):
+        last = figure.REPORT[mode]["dense"][-1][1]
+        assert figure.factor(results, mode) * last == pytest.approx(0.1 * 128)
+
+
+def test_the_report_slopes():
+    """Dollars per million tokens and 1K positions, as its text on Figure 3 can be read."""
+    (low, a), (high, b) = figure.REPORT["prefill"]["dense"]
+    assert 1024 * (b - a) / (high - low) == pytest.approx(0.00479, rel=0.01)
+    (low, a), (high, b) = figure.REPORT["decode"]["sparse"][1:]
+    assert 1024 * (b - a) / (high - low) == pytest.approx(0.00082, rel=0.02)
+
+
+def test_it_is_drawn(results, tmp_path, monkeypatch):
+    source, target = tmp_path / "r.json", tmp_path / "f.png"
+    source.write_text(json.dumps(results))
+    monkeypatch.setattr("sys.argv", ["figure", str(target), str(source)])
+    figure.main()
+    assert target.stat().st_size > 10_000
+
+
+def test_times_of_ops_become_costs_at_positions():
+    rows = figure.from_ops(
+        [
+            {"op": "dense_attention", "shape": "192/128", "keys": 8192, "ms": 4.096},
+            {"op": "lightning_indexer", "queries": 4096, "keys": 8192, "ms": 0.4096},
+            {
+                "op": "sparse_attention",
+                "kind": "random",
+                "queries": 4096,
+                "keys": 8192,
+                "ms": 2.048,
+            },
+            {"op": "select_topk", "kind": "random", "keys": 8192, "ms": 9.0},
+        ]
+    )
+    found = {row["kind"]: (row["keys"], row["us_per_token"]) for row in rows}
+    # All queries of a causal prompt, half of its keys each on average.
+    assert found["prefill dense"] == (4096, pytest.approx(0.5))
+    assert found["prefill indexer"] == (8192, pytest.approx(0.1))
+    assert found["prefill sparse"] == (8192, pytest.approx(0.5))
+    assert len(found) == 3

@@ -72,17 +72,21 @@ def jit_step(run: Plan) -> Any:
     )
 
 
+def trace_step(run: Plan) -> Any:
+    """The same, traced for batches of the run's size, of which there need not be one."""
+    shape = (run.config.batch_size, run.config.sequence_length)
+    place = NamedSharding(run.mesh, batch_spec(run.config.rules))
+    row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
+    return jit_step(run).trace(run.state, batch)
+
+
 def compile_step(config: TrainConfig) -> Any:
     """The stage's step, compiled before there is anything to run it on, for `train(step=...)`."""
     config = config.resolved()
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        run = plan(config, mesh)
-        shape = (config.batch_size or 0, config.sequence_length or 0)
-        place = NamedSharding(mesh, batch_spec(config.rules))
-        row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
-        batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
-        return jit_step(run).lower(run.state, batch).compile()
+        return trace_step(plan(config, mesh)).lower().compile()
 
 
 def train(

@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import serialize_executable
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from dsa_jax.sharding import batch_spec, make_mesh
+from dsa_jax.sharding import make_mesh
 from pallas_kernels import dispatch
 from train.config import TrainConfig
+from train.loop import trace_step
 from train.plan import collectives, hlo
 from train.plan.options import mesh_sizes
 from train.start import plan
-from train.step import make_step
 
 
 class Job(NamedTuple):
@@ -66,19 +65,9 @@ def devices(job: Job) -> list[Any]:
 
 def lower(config: TrainConfig, mesh: Mesh, kernels: bool) -> jax.stages.Lowered:
     """The train step, traced and lowered for the mesh's devices."""
-    run = plan(config, mesh)
-    place = NamedSharding(mesh, batch_spec())
-    shape = (config.batch_size, config.sequence_length)
-    names = ("tokens", "targets", "positions", "segment_ids")
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name in names}
-    step = jax.jit(
-        make_step(config, run.skeleton, run.optimizer),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, run.state), None),
-    )
     platform = "cuda" if mesh.devices.flat[0].platform == "gpu" else "cpu"
     with dispatch.kernels(kernels):
-        return step.trace(run.state, batch).lower(lowering_platforms=(platform,))
+        return trace_step(plan(config, mesh)).lower(lowering_platforms=(platform,))
 
 
 def compile(job: Job) -> dict[str, Any]:

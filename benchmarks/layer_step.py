@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -40,19 +41,19 @@ from pallas_kernels import Selection, dispatch
 from train.config import TrainConfig
 from train.optimizer import make_optimizer
 from train.stages import Group, Stage, group_of, split
-from train.state import Params, Skeleton, TrainState, build, new_state, skeleton_of
+from train.state import Params, Skeleton, TrainState, new_state, skeleton_of
 
 # Names of kernels, in the order in which they are looked for, and whose time they are.
 OPS = (
-    ("dsa_dense_attention_d", "dense attention, backward"),
-    ("dsa_dense_attention", "dense attention, forward"),
-    ("dsa_indexer_target", "indexer's KL"),
-    ("dsa_indexer_gradient", "indexer's KL"),
-    ("dsa_indexer_kl", "indexer's KL"),
-    ("dsa_indexer_scores", "indexer's scores"),  # of the selection, and in warm-up of the KL
+    ("dense_attention_d", "dense attention, backward"),
+    ("dense_attention", "dense attention, forward"),
+    ("indexer_target", "indexer's KL"),
+    ("indexer_gradient", "indexer's KL"),
+    ("indexer_kl", "indexer's KL"),
+    ("indexer_scores", "indexer's scores"),  # of the selection, and in warm-up of the KL
     ("topk", "top-k"),
-    ("dsa_sparse_attention_forward", "sparse attention, forward"),
-    ("dsa_sparse_attention", "sparse attention, backward"),
+    ("sparse_attention_forward", "sparse attention, forward"),
+    ("sparse_attention_", "sparse attention, backward"),
     ("grouped_matmul", "experts' matmuls"),
     ("nvjet", "other matmuls"),
     ("cutlass", "other matmuls"),
@@ -176,13 +177,20 @@ def make_step(config: TrainConfig, skeleton: Skeleton) -> Callable:
 
 def prepare(config: TrainConfig, seed: int = 0) -> tuple[TrainState, jax.Array, jax.Array]:
     """A fresh state, a random input and a random gradient from above, made on the device."""
-    key = jax.random.key(seed)
+    key = jax.random.key(seed, impl="rbg")  # a billion weights: compiled and drawn the sooner
     # A gradient of about this size per token keeps the loss an average over tokens.
     shape = (1, config.sequence_length or 0, config.model.hidden_size)
     h = jax.random.normal(jax.random.fold_in(key, 1), shape)
     above = jax.random.normal(jax.random.fold_in(key, 2), shape, jnp.bfloat16) / shape[1]
-    model = build(config, jax.random.key_data(key))
-    params = skeleton_of(config).params(model)
+
+    def draw(number: int, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if "norm" in path or path.endswith("bias"):
+            return jnp.full(leaf.shape, float(path.endswith("weight")), leaf.dtype)
+        std = config.model.initializer_range
+        return std * jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
+
+    shapes = skeleton_of(config).shapes
+    params = {path: draw(i, path, leaf) for i, (path, leaf) in enumerate(shapes.items(), 3)}
     return new_state(config, params, make_optimizer(config)), h, above
 
 
@@ -243,8 +251,9 @@ class _Steps(jax.stages.Wrapped):
 def measure(case: Case, config: TrainConfig, compiled: Any, repeats: int = 2) -> dict[str, Any]:
     """Time of a step on the host's clock, and of its kernels by CUPTI."""
     state, h, above = jax.jit(functools.partial(prepare, config))()
-    steps = _Steps(compiled, state)
+    steps = _Steps(compiled, jax.block_until_ready(state))
     del state
+    _say(f"{case.name} has its weights")
     _, runs = profiler.measure(steps, aggregate=False, iterations=repeats)(h, above)
     if runs is None:
         raise RuntimeError("CUPTI saw no kernel: layer_step needs an NVIDIA GPU")
@@ -341,6 +350,10 @@ def differences(
     return {name: (part / whole) ** 0.5 for name, (part, whole) in sums.items()}
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Runs the cases that the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -366,6 +379,7 @@ def main() -> None:
         compiled = []
         for case, config in zip(cases, configs, strict=True):
             lowered, chosen = lower(case, config)
+            _say(f"{case.name} lowered")
             compiled.append((pool.submit(compile_, lowered), chosen))
         checked = check(options.check, model, pool) if options.check else None
         if checked is not None:
@@ -373,6 +387,7 @@ def main() -> None:
         for case, config, (program, chosen) in zip(cases, configs, compiled, strict=True):
             row = {"op": "layer_step", "kind": case.name, "keys": case.tokens}
             row |= {"implementations": chosen, **memory(program.result())}
+            _say(f"{case.name} compiled: {memory(program.result())}")
             add(row | measure(case, config, program.result()))
 
 

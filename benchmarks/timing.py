@@ -42,9 +42,8 @@ class Timing:
 
 
 class _Cold(jax.stages.Wrapped):
-    """A call of `fn`, then one that rewrites the L2, by an operation that nothing timed here uses.
+    """A call of `fn`, then one that rewrites the L2: two programs, whose kernels keep that order.
 
-    Its kernel is told by its name: kernels of `fn` on a second stream may end after it.
     What `fn` returns is not kept; the memory goes back when the device is done with it.
     """
 

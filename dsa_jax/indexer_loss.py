@@ -45,8 +45,15 @@ def leaf_loss(loss: Callable[[Any, Any], Array], params: Any, inputs: Any) -> Ar
     def value(params, inputs):
         return loss(params, inputs)
 
+    # A call that partial evaluation sees from outside only: in a scan it would divide a function
+    # into what the backward pass needs and the rest, and cannot where one works on a `jax.Ref`, as
+    # kernels do that add up in place. (Batching is the one thing that this wrapper is named for.)
+    @jax.custom_batching.sequential_vmap
+    def both(params, inputs):
+        return jax.value_and_grad(loss)(params, inputs)
+
     def forward(params, inputs):
-        out, gradient = jax.value_and_grad(loss)(params, inputs)
+        out, gradient = both(params, inputs)
         return out, jax.tree.map(lambda g: checkpoint_name(g, GRADIENT_NAME), gradient)
 
     def backward(gradient, g):

@@ -1,4 +1,4 @@
-"""Two processes on this machine that stand for two hosts."""
+"""Processes on this machine that stand for hosts."""
 
 import os
 import socket
@@ -9,15 +9,25 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def run_pair(program: str, *arguments: object, seconds: float) -> list[str]:
     """What two processes print that run a program with their rank, a port, and the arguments.
 
     Raises:
         AssertionError: one of them failed; with the end of what it said.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    return run_group(program, *arguments, processes=2, seconds=seconds)
+
+
+def run_group(program: str, *arguments: object, processes: int, seconds: float) -> list[str]:
+    """`run_pair` with any number of processes."""
+    port = free_port()
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(rank), str(port), *map(str, arguments)],
@@ -27,7 +37,7 @@ def run_pair(program: str, *arguments: object, seconds: float) -> list[str]:
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
-        for rank in range(2)
+        for rank in range(processes)
     ]
     try:
         outputs = [worker.communicate(timeout=seconds) for worker in workers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ from rich.console import Console
 
 from dsa_jax import presets
 from dsa_jax.config import ModelConfig
+from train import cluster, launch
 from train.config import TrainConfig
+from train.supervise import INTERRUPTED, LOST, Worker, supervise
 
 _USAGE = """usage: python -m train COMMAND ...
 
@@ -22,7 +25,9 @@ _USAGE = """usage: python -m train COMMAND ...
   evaluate   measure a trained model: losses, selection quality, controls
   plan       what a run takes, before GPUs are rented: memory, collectives, time, does it fit
 
-python -m train COMMAND --help explains every field."""
+python -m train COMMAND --help explains every field.
+Exit status of run: 0 done, 1 error, 2 usage, 75 saved and stopped on request (run it again),
+76 another process of the run was lost (run all again)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if not _explained(error):
                 raise
-            console = Console(stderr=True)
-            console.print("error:", style="bold red", end=" ")
-            console.print(str(error), markup=False, highlight=False)
+            _tell(str(error))
             return 1
     asked = command in ("-h", "--help")
     if not asked and command:
@@ -81,16 +84,53 @@ def _architecture(name: str) -> ModelConfig:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    config = parse(arguments)
+    place = launch.detect(config.cluster, os.environ)
+    if place is None:
+        return _train(config)
+    wait = config.cluster.start_timeout
+    return supervise(place.name, wait, lambda worker: _train_together(config, place, worker))
+
+
+def _train_together(config: TrainConfig, place: launch.Launch, worker: Worker) -> int:
+    """One process's part of a run of several."""
+    import jax
+
+    try:
+        cluster.join(place, config.cluster)
+        worker.joined()
+        code = _train(config)
+    except cluster.AgreedError as error:
+        if cluster.is_primary():
+            _tell(str(error))
+        code = 1
+    except Exception as error:
+        if cluster.tells_of_loss(error):
+            _tell(
+                f"{place.name}: another process of the run is lost, its own log says why (seen "
+                f"here: {cluster.last_line(error)}). The checkpoints are whole: start all "
+                "processes again to go on"
+            )
+            return LOST
+        if not _explained(error):
+            raise
+        _tell(f"{place.name}: {error}")
+        return 1  # at once: the others are waiting for this process, and end when it is gone
+    jax.distributed.shutdown()
+    return code
+
+
+def _train(config: TrainConfig) -> int:
     from train.loop import train
 
-    console = Console(stderr=True)
-    result = train(parse(arguments), console=console)
+    console = Console(stderr=True, quiet=not cluster.is_primary())
+    result = train(config, console=console)
     console.print(f"metrics      {result.metrics_path}", highlight=False)
     console.print(f"checkpoints  {result.checkpoint_dir}", highlight=False)
     if result.interrupted:
         console.print(f"interrupted after step {result.step}: run the same command to go on")
-    else:
-        console.print(f"model        {result.model_dir}", highlight=False)
+        return INTERRUPTED
+    console.print(f"model        {result.model_dir}", highlight=False)
     return 0
 
 
@@ -113,6 +153,12 @@ def _plan(arguments: Sequence[str]) -> int:
 
 
 _COMMANDS = {"run": _run, "demo": _demo, "evaluate": _evaluate, "plan": _plan}
+
+
+def _tell(message: str) -> None:
+    console = Console(stderr=True)
+    console.print("error:", style="bold red", end=" ")
+    console.print(message, markup=False, highlight=False)
 
 
 def _explained(error: Exception) -> bool:

@@ -10,10 +10,8 @@ one is deleted only after that, so a kill or a full disk at any moment leaves th
 
 from __future__ import annotations
 
-import fcntl
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,30 +67,6 @@ class RunRecord:
         return cls(data["config"], DataPosition(**data["position"]), tuple(data["rng"]))
 
 
-@contextmanager
-def sole_run(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder while this one lives; a killed run leaves no lock.
-
-    Raises:
-        ValueError: another process is at work there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() > 0:
-        yield
-        return
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"output={str(folder)!r}: another run is at work there; wait for it, end it, or "
-                "choose another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-
-
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -101,10 +75,21 @@ class Checkpoints:
         model: the architecture: it decides which row of a stacked parameter is which layer.
         keep: newest ones kept; None only reads and touches nothing, for the folder may belong to a
             run that is alive.
+        timeout: seconds that a process waits for the others' parts of a checkpoint.
+        before_save: called before a step is written; what it raises stops the save.
     """
 
-    def __init__(self, folder: Path, model: ModelConfig, keep: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelConfig,
+        keep: int | None = None,
+        *,
+        timeout: int = 1200,
+        before_save: Callable[[], None] = lambda: None,
+    ):
         self.folder = folder.absolute()
+        self._before_save = before_save
         self._has_failed = False
         self._to_layers = jax.jit(lambda params: split_layers(nested(params), model))
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -120,6 +105,7 @@ class Checkpoints:
                 preservation_policy=LatestN(keep),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(timeout_secs=timeout),
             )
         )
         self.manager = ocp.CheckpointManager(
@@ -138,6 +124,7 @@ class Checkpoints:
             SaveError: this save cannot begin, or the one before it failed.
         """
         self.wait()  # Orbax would too; first, for what the one before takes is not free
+        self._before_save()
         self._check_space(step, state)
         arguments = ocp.args.Composite(
             params=ocp.args.StandardSave(self._to_layers(state.params)),  # pyright: ignore
@@ -234,13 +221,13 @@ class Checkpoints:
         )
 
     def _check_space(self, step: int, state: TrainState) -> None:
-        """Refuses to fill the disk: half a checkpoint helps nobody."""
-        needed = sum(
-            shard.data.nbytes
-            for leaf in jax.tree.leaves(state)
-            for shard in leaf.addressable_shards
-            if shard.replica_id == 0
-        )
+        """Refuses to fill the disk: half a checkpoint helps nobody.
+
+        One process looks, for the disk is one; if it ends, so do the others.
+        """
+        if jax.process_index() > 0:
+            return
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise self._failed(

@@ -229,6 +229,67 @@ CLAIMS = (
 )
 
 
+# Results in bf16 differ by rounding in every row, so the mean loss has to do.
+_ALL_KEYS_IN_BF16 = Claim(
+    "all_keys",
+    "With k ≥ T the loss equals dense attention's to 0.005 nat",
+    lambda run: run["checks"]["all_keys_loss"],
+    "<=",
+    0.005,
+    "both compute the same attention, in bf16, by other products",
+)
+
+
+def _needle_claims(length: int) -> tuple[Claim, ...]:
+    """Of the needles in documents of the training length."""
+    return (
+        Claim(
+            "dense_finds",
+            f"Dense attention answers more than 0.9 of the needles in documents of {length} bytes",
+            lambda run: needle_accuracy(run, "dense", length),
+            ">=",
+            0.9,
+            "without it the lines below would say nothing",
+        ),
+        Claim(
+            "warmed_finds",
+            "After warm-up alone the model answers at most 0.1 fewer of them",
+            lambda run: (
+                needle_accuracy(run, "dense", length) - needle_accuracy(run, "warmed", length)
+            ),
+            "<=",
+            0.1,
+            "weights that have never seen a selection",
+        ),
+        Claim(
+            "sparse_finds",
+            "After sparse training it answers at most 0.02 fewer than the dense control",
+            lambda run: (
+                needle_accuracy(run, "control", length) - needle_accuracy(run, "sparse", length)
+            ),
+            "<=",
+            0.02,
+            "the number under a name lies anywhere in the row, and no other key tells it",
+        ),
+    )
+
+
+def needle_accuracy(run: Run, rung: str, length: int) -> float:
+    """The share of right answers in documents of `length`, over all depths."""
+    asked = run["needles"]
+    return float(np.mean(asked["accuracy"][rung][list(asked["lengths"]).index(length)]))
+
+
+def of(results: Mapping[str, Any]) -> tuple[Claim, ...]:
+    """The claims that a demo of this kind makes."""
+    claims = CLAIMS
+    if results.get("compute_dtype") == "bfloat16":
+        claims = tuple(_ALL_KEYS_IN_BF16 if claim.name == "all_keys" else claim for claim in claims)
+    if all("needles" in run for run in results["runs"]):
+        claims += _needle_claims(results["length"])
+    return claims
+
+
 def mean_and_range(values: Sequence[float]) -> str:
     """`mean` of one run, `mean ± half the range` of several."""
     values = [float(value) for value in values]

@@ -17,6 +17,7 @@ from dsa_jax import presets
 from dsa_jax.config import ModelConfig
 from dsa_jax.sharding import MeshConfig, Rules
 from dsa_jax.transformer import REMAT_POLICIES
+from train.launch import ClusterConfig
 from train.stages import Stage
 
 
@@ -99,6 +100,8 @@ class CheckpointConfig:
     interval: int = 100
     # Newest checkpoints kept. An old one goes only after a newer one is whole.
     keep: int = 3
+    # Seconds that a process waits for the others to write their parts before the run ends.
+    timeout: int = 1200
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,11 @@ class LogConfig:
     interval: int = 1
     # Also write TensorBoard events (needs the `tensorboard` extra).
     tensorboard: bool = False
+    # First step of a profile, written by process 0 into `profile` in the run's folder, for
+    # TensorBoard, XProf or Perfetto. None: no profile. The first step of a run compiles.
+    profile_start: int | None = None
+    # Steps that the profile holds.
+    profile_steps: int = 3
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,8 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     # Which of them split what. The defaults are for long sequences on many devices.
     rules: Rules = field(default_factory=Rules)
+    # How the processes of a run on several hosts find each other.
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     # When to save, how many to keep.
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # Metrics.
@@ -239,15 +249,24 @@ def _check(config: TrainConfig) -> None:
         f"stage={config.stage.value} freezes the routers: their correction biases must not move; "
         "leave it out or pass 0",
     )
-    for name in ("interval", "keep"):
-        value = getattr(config.checkpoint, name)
-        require(value >= 1, f"checkpoint.{name}", value, "must be at least 1")
-    require(config.log.interval >= 1, "log.interval", config.log.interval, "must be at least 1")
+    counts = {
+        f"checkpoint.{n}": getattr(config.checkpoint, n) for n in ("interval", "keep", "timeout")
+    }
+    counts |= {f"log.{n}": getattr(config.log, n) for n in ("interval", "profile_steps")}
+    counts |= {
+        f"cluster.{n}": getattr(config.cluster, n) for n in ("start_timeout", "heartbeat_timeout")
+    }
+    counts["log.profile_start"] = _or(config.log.profile_start, 1)
+    for name, value in counts.items():
+        require(value >= 1, name, value, "must be at least 1")
 
 
 # --- as plain data: saved in every checkpoint, compared on resume --------------------------------
 
-RESUMABLE = ("output", "init_from", "mesh", "rules", "checkpoint", "log", "data.token_cache")
+RESUMABLE = (
+    *("output", "init_from", "mesh", "rules", "cluster"),
+    *("checkpoint", "log", "data.token_cache"),
+)
 """Fields that may change between the two halves of an interrupted run: they decide where and how
 fast it runs, never what it computes. (`init_from` was used up by the first half.)"""
 
@@ -274,18 +293,19 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
     Returns:
         `{dotted field: (saved value, current value)}`.
     """
-    a, b = _flat(saved), _flat(current)
+    a, b = flat_dict(saved), flat_dict(current)
     found = {key: (a.get(key), b.get(key)) for key in sorted({*a, *b}) if a.get(key) != b.get(key)}
     return {
         k: v for k, v in found.items() if not any((k + ".").startswith(r + ".") for r in RESUMABLE)
     }
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_dict(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A result of `to_dict` with dotted names in place of nesting."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flat_dict(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

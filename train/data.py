@@ -35,7 +35,7 @@ class DataPosition:
     Attributes:
         row: rows consumed since the first step of the first stage.
         row_length: tokens a row.
-        files: digests of the files they came from.
+        files: sizes and hashes of the files they came from, as in `Corpus.files`.
     """
 
     row: int
@@ -59,11 +59,21 @@ class DataPosition:
         names = sorted({*self.files, *corpus.files})
         changed = [n for n in names if self.files.get(n) != corpus.files.get(n)]
         if changed:
+            told = [f"{n} ({_change(self.files.get(n), corpus.files.get(n))})" for n in changed[:8]]
+            more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
             raise ValueError(
-                f"data.sources: {', '.join(changed[:8])} changed since the checkpoint, so its "
-                "data position means nothing: restore the files, or start a new run from the "
-                "checkpoint with init_from"
+                f"data.sources: {', '.join(told)}{more} changed since the checkpoint, so its data "
+                "position means nothing: restore the files, or start a new run from an exported "
+                "model with init_from"
             )
+
+
+def _change(before: str | None, now: str | None) -> str:
+    """Two entries of a manifest in words."""
+    if before is None or now is None:
+        return "new" if before is None else "gone"
+    old, new = before.split(":")[0], now.split(":")[0]
+    return "same size, other content" if old == new else f"{old} bytes before, {new} now"
 
 
 class Rows:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,23 +26,21 @@ import jax
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dsa_jax.generate import generate
 from dsa_jax.tokenizer import ByteTokenizer
 from dsa_jax.transformer import Transformer
+from pallas_kernels import dispatch
 from train import corpus, cost, ladder, report
-from train.config import CheckpointConfig, DataConfig, TrainConfig, to_dict
-from train.controls import Mode
+from train.ahead import Ahead
+from train.config import CheckpointConfig, TrainConfig, to_dict
 from train.corpus import Corpus
-from train.data import Batch, Rows
+from train.demo_evaluation import Exam, progress_bar
 from train.demo_presets import PRESETS, Preset, StagePlan
-from train.evaluate import Evaluation, Windows, evaluate, held_out
 from train.load import starting_model
-from train.loop import TrainResult, train
-from train.sources import open_corpus
+from train.loop import TrainResult, compile_step, train
 from train.stages import Group, Stage, group_of
-from train.state import Skeleton
+from train.state import Skeleton, skeleton_of
 from train.tracker import read_metrics
 
 # Folders of a seed's stages, in the order in which they run.
@@ -58,8 +58,12 @@ class DemoConfig:
     output: Path = Path("runs/demo")
     """Folder of the run. An unfinished demo of the same settings is continued; if another one is
     there, the run goes to the same name with a number."""
-    preset: Literal["cpu", "smoke"] = "cpu"
-    """`cpu`: about ten minutes on two cores. `smoke`: under a minute, to see that all works."""
+    preset: Literal["auto", "cpu", "gpu", "smoke"] = "auto"
+    """`cpu`: about ten minutes on two cores. `gpu`: a larger model on rows of 8192, about five
+    minutes on one Hopper GPU. `smoke`: under a minute, to see that all works. `auto`: `gpu` where
+    the kernels run, else `cpu`."""
+    kernels: Literal["auto", "off"] = "auto"
+    """`auto`: kernels for every op that they serve, on a Hopper GPU. `off`: XLA for all."""
     smoke: bool = False
     """Short for `--preset smoke`."""
     seeds: int = 1
@@ -71,6 +75,10 @@ class DemoConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Triton's candidates for small matmuls take longer to compile than they could ever win here.
+    flag = "--xla_gpu_enable_triton_gemm"
+    if flag not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
     config = tyro.cli(DemoConfig, args=given, prog="python -m train demo")
     console = Console()
     try:
@@ -92,30 +100,82 @@ def run(config: DemoConfig, console: Console) -> Path:
     """
     if config.seeds < 1:
         raise ValueError(f"seeds={config.seeds}: must be at least 1")
-    name = "smoke" if config.smoke else config.preset
+    with dispatch.kernels(False) if config.kernels == "off" else contextlib.nullcontext():
+        return _run(config, console)
+
+
+def _run(config: DemoConfig, console: Console) -> Path:
+    name = preset_name(config)
     preset = PRESETS[name]()
     settings = {"preset": name, "seeds": config.seeds, "seed": config.seed, **to_dict(preset)}
-    folder = claim_folder(config.output, settings)
-    lengths = (preset.length, preset.long_length)
-    text = corpus.write(folder / "text", length=preset.length, held_out_lengths=lengths)
+    folder = claim_folder(config.output, settings | {"kernels": config.kernels})
+    text = corpus.write(
+        folder / "text",
+        length=preset.length,
+        held_out_lengths=preset.held_out_lengths,
+        mixture=preset.mixture,
+        hide=preset.needles is not None,
+    )
     console.print(
         f"{text.train_bytes:,} bytes of the King James Version to train on; held out: "
         f"{', '.join(corpus.HELD_OUT)} ({text.held_out_bytes:,} bytes). Run in {folder}",
         highlight=False,
     )
+    served = implementations(preset)
+    console.print(report.implementation_table(served))
     seeds = range(config.seed, config.seed + config.seeds)
     with _quick_compiles() if preset.quick_compiles else contextlib.nullcontext():
         runs = [_Seed(preset, folder, text, seed, console).run() for seed in seeds]
-    results = _results(config, name, preset, text, runs)
+    results = _results(config, name, preset, text, runs) | {"implementations": served}
     results["cost"] = _measure_cost(preset, console)
     _write_json(folder / "results.json", results)
     _collect_metrics(folder, results)
     path = report.write(folder)
     console.print(report.table(results))
+    if preset.needles is not None:
+        console.print(report.needle_table(results))
     console.print(report.verdict_table(report.check(results)))
     console.print(report.sample_text(results["sample"]))
     _say_where(console, path, folder, results)
     return folder
+
+
+def preset_name(config: DemoConfig) -> str:
+    """The preset that a config means on this machine."""
+    if config.smoke:
+        return "smoke"
+    if config.preset == "auto":
+        return "gpu" if dispatch.hopper_is_default() else "cpu"
+    return config.preset
+
+
+def implementations(preset: Preset) -> dict[str, str]:
+    """Which implementation serves each op of training, `mosaic` or `xla`: traced, not run."""
+    plan = preset.warmup.apply(
+        TrainConfig(
+            model=preset.model,
+            batch_size=preset.batch_size,
+            sequence_length=preset.length,
+            compute_dtype=preset.compute_dtype,  # pyright: ignore[reportArgumentType]
+        ),
+        Stage.WARMUP,
+    )
+    skeleton = skeleton_of(plan.resolved())
+    tokens = jax.ShapeDtypeStruct((preset.batch_size, preset.length), np.int32)
+
+    def forward(params: Any, tokens: Any, stage: Stage) -> Any:
+        out = skeleton.model(params)(
+            tokens,
+            segment_ids=tokens,
+            attention=stage.attention,
+            indexer_loss=stage.indexer_loss,
+        )
+        return out.kl
+
+    with dispatch.recorded() as found:
+        for stage in (Stage.WARMUP, Stage.SPARSE):
+            jax.eval_shape(functools.partial(forward, stage=stage), skeleton.shapes, tokens)
+    return found
 
 
 @contextlib.contextmanager
@@ -156,11 +216,18 @@ class _Seed:
         self.preset, self.root, self.text, self.seed = preset, folder, text, seed
         self.folder = folder / f"seed-{seed}"
         self.console = console
+        self.exam = Exam(preset, text, root=folder, seed=seed)
+        self.steps: dict[str, Future] = {}
 
     def run(self) -> dict[str, Any]:
         """Everything, as plain numbers."""
+        with Ahead() as self.ahead:
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         began = time.perf_counter()
         p = self.preset
+        self.compile_ahead()
         dense = self.stage(_DENSE, Stage.DENSE, p.dense, None)
         models = {ladder.GRAFTED: self.graft(dense)}
         warmed = self.stage(_WARMUP, Stage.WARMUP, p.warmup, dense.checkpoint_dir)
@@ -177,13 +244,28 @@ class _Seed:
         out: dict[str, Any] = {"seed": self.seed}
         out["stages"] = {name: self.describe(name, result) for name, result in stages.items()}
         out["parameters"] = _count(sparse.model)
-        out |= self.evaluate(models)
+        out |= self.exam.take(models, self.folder / "selection.npz", self.console)
         out["checks"]["changed_frozen_arrays"] = changed_arrays(
             models[ladder.GRAFTED], models[ladder.WARMED]
         )
         out["sample"] = self.sample(sparse.model)
         out["seconds"] = time.perf_counter() - began
         return out
+
+    def compile_ahead(self) -> None:
+        """The first stage's step now; what comes after it while it trains."""
+        p = self.preset
+        if not p.compile_ahead:
+            return
+        dense = self.config(_DENSE, Stage.DENSE, p.dense, None)
+        self.steps[_DENSE] = self.ahead.submit(compile_step, dense)
+        self.steps[_DENSE].result()  # before others compete with it
+        warmup = self.config(_WARMUP, Stage.WARMUP, p.warmup, None)
+        sparse = self.config(_SPARSE, Stage.SPARSE, p.sparse, None)
+        control = self.config(_CONTROL, Stage.DENSE, p.sparse, None)
+        for name, config in ((_WARMUP, warmup), (_SPARSE, sparse), (_CONTROL, control)):
+            self.steps[name] = self.ahead.submit(compile_step, config)
+        self.exam.rehearse(self.ahead, starting_model(warmup))
 
     def config(self, name: str, stage: Stage, stage_plan: StagePlan, source: Path | None):
         """One stage's run."""
@@ -193,13 +275,13 @@ class _Seed:
             output=self.folder / name,
             init_from=source,
             model=p.model if has_indexer else p.model.without_indexer(),
-            data=self.data(self.text.train),
+            data=self.exam.data(self.text.train),
             checkpoint=CheckpointConfig(interval=max(50, stage_plan.steps // 3), keep=1),
             batch_size=p.batch_size,
             sequence_length=p.length,
             compute_dtype=p.compute_dtype,  # pyright: ignore[reportArgumentType]
             seed=self.seed,
-            remat="none",  # activations of rows this short fit: recomputing would only cost time
+            remat=p.remat,
         )
         return stage_plan.apply(base, stage)
 
@@ -208,7 +290,9 @@ class _Seed:
     ) -> TrainResult:
         """Trains one stage, or goes on with it."""
         self.console.rule(f"seed {self.seed}: {name}, {stage_plan.steps} steps")
-        result = train(self.config(name, stage, stage_plan, source), console=self.console)
+        config = self.config(name, stage, stage_plan, source)
+        step = self.steps[name].result() if name in self.steps else None
+        result = train(config, step=step, console=self.console)
         if result.interrupted:
             raise Interrupted(
                 f"stopped at step {result.step} of {name}, saved in {result.checkpoint_dir}; "
@@ -238,88 +322,21 @@ class _Seed:
             "model": f"seed-{self.seed}/{name}/model",
         }
 
-    def evaluate(self, models: Mapping[str, Transformer]) -> dict[str, Any]:
-        """Both ladders, the sweep over k, and the picture of a selection."""
-        p, topk = self.preset, self.preset.model.index_topk
-        assert topk is not None
-        short = self.held_out(p.length, p.scored_rows)
-        long = self.held_out(p.long_length, p.scored_rows // 2)
-        far, sweep = ladder.rungs(ladder.LONG), ladder.rungs(ladder.SWEEP)
-        total = len(ladder.LADDER) + len(far) + len(p.sweep) * len(sweep)
-        with _progress(self.console) as progress:
-            task = progress.add_task("", total=total)
-
-            def climb(
-                rungs: Sequence[ladder.Rung], batches: list[Batch], k: int, measure: bool = True
-            ) -> dict[str, Evaluation]:
-                found = {}
-                for rung in rungs:
-                    length = batches[0]["tokens"].shape[1]
-                    text = f"seed {self.seed}: {rung.title} (k = {k}, T = {length})"
-                    progress.update(task, description=text)
-                    mode, model = Mode(rung.control, k, self.seed), models[rung.weights]
-                    found[rung.name] = evaluate(model, batches, mode, self.windows, measure=measure)
-                    progress.advance(task)
-                return found
-
-            first = climb(ladder.LADDER, short, topk)
-            second = climb(far, long, topk)
-            others = {k: climb(sweep, short, k, measure=False) for k in p.sweep}
-        others[topk] = {rung.name: first[rung.name] for rung in sweep}
-        picture = ladder.snapshot(models[ladder.SPARSE], short[len(short) // 2])
-        np.savez_compressed(self.folder / "selection.npz", **picture)  # pyright: ignore
-        same = first["warmed_all"], first["dense"]
-        return {
-            "ladder": ladder.summarise(first, short),
-            "long_ladder": ladder.summarise(second, long),
-            "sweep": {
-                str(k): {name: e.cross_entropy for name, e in found.items()}
-                for k, found in sorted(others.items())
-            },
-            "scored": int(first["dense"].weights.sum()),
-            "checks": {
-                "all_keys_difference": ladder.largest_difference(*same),
-                "all_keys_differing_rows": ladder.differing_rows(*same),
-            },
-        }
-
-    @property
-    def windows(self) -> Windows:
-        """What the metrics call near, first, and a bucket."""
-        return Windows(self.preset.local, self.preset.sink, self.preset.buckets)
-
-    def data(self, path: Path) -> DataConfig:
-        """A file of rows as documents, each of which fills a row of the model.
-
-        Without marks: attention would rest on a mark at the start, and a control that does not
-        keep that one key would fail for that reason alone.
-        """
-        return DataConfig(
-            sources=(str(path),),
-            mark_start=False,
-            mark_end=False,
-            token_cache=self.root / "tokens",
-        )
-
-    def held_out(self, length: int, count: int) -> list[Batch]:
-        """Rows of the held-out books."""
-        data = self.data(self.text.held_out[length])
-        documents = open_corpus(data, self.preset.model.vocab_size, self.root / "tokens")
-        rows = Rows(documents, length)
-        return held_out(rows, count=count, batch_size=self.preset.score_batch)
-
     def sample(self, model: Transformer) -> dict[str, str]:
         """The model goes on where a held-out passage begins to be quoted."""
         tokenizer = ByteTokenizer()
-        held = self.text.held_out[self.preset.length].read_text(encoding="utf-8")
-        text = json.loads(held.split("\n")[self.seed])["text"]
+        length = self.preset.sample_length or self.preset.length
+        held = self.text.held_out[length].read_text(encoding="utf-8")
+        texts = [json.loads(line)["text"] for line in held.splitlines()]
+        # Rows that hold needles may begin with a question, and short ones quote nothing.
+        text = [text for text in texts if " " in text.partition(corpus.QUOTE)[2]][self.seed]
         opening = text.index(corpus.QUOTE) + 1
         prompt = text[: text.index(" ", opening) + 1]
         self.console.print("writing a sample")
         made = generate(
             model,
             [tokenizer.encode(prompt)],
-            max_new_tokens=self.preset.length - len(prompt),
+            max_new_tokens=length - len(prompt),
         )
         return {
             "prompt": prompt,
@@ -355,9 +372,11 @@ def _results(
     recency = first["ladder"]["sparse"]["layers"]["oracle_local"]
     command = ["python", "-m", "train", "demo", "--preset", name]
     command += ["--seeds", str(config.seeds), "--seed", str(config.seed)]
+    command += ["--kernels", "off"] if config.kernels == "off" else []
     return {
         "preset": name,
         "topk": m.index_topk,
+        "compute_dtype": preset.compute_dtype,
         "length": preset.length,
         "long_length": preset.long_length,
         "local": preset.local,
@@ -375,6 +394,7 @@ def _results(
             "held_out_bytes": text.held_out_bytes,
             "held_out": list(corpus.HELD_OUT),
             "scored": first["scored"],
+            "mixture": list(preset.mixture),
         },
         "machine": {
             "device": jax.devices()[0].device_kind,
@@ -393,13 +413,14 @@ def _results(
 
 
 def _measure_cost(preset: Preset, console: Console) -> dict[str, Any]:
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("time by position", total=len(preset.cost_positions))
         measured = cost.measure(
             preset.cost_shape,
             preset.cost_positions,
             tokens=4,
             repeats=9,
+            dtype=preset.compute_dtype,
             report=lambda position: progress.advance(task),
         )
     return {
@@ -428,13 +449,6 @@ def _say_where(console: Console, path: Path, folder: Path, results: Mapping[str,
             console.print(f"{name:>8}  {folder / stage['checkpoint']}", highlight=False)
     console.print(f" metrics  {folder / 'metrics.jsonl'}", highlight=False)
     console.print(f"  report  [bold]{path}[/] ({results['seconds']:.0f} s)", highlight=False)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), console=console,
-    )  # fmt: skip
 
 
 def _write_json(path: Path, data: Any) -> None:

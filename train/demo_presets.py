@@ -11,6 +11,7 @@ from dsa_jax import presets
 from dsa_jax.config import ModelConfig
 from train.config import BranchConfig, OptimizerConfig, TrainConfig
 from train.cost import LayerShape
+from train.needles import Grid
 from train.stages import Stage
 
 
@@ -73,6 +74,13 @@ class Preset:
         buckets: edges of the buckets of position, up to `long_length`.
         cost_shape: of the layer that is timed.
         cost_positions: cached keys at which it is timed.
+        mixture: lengths of the documents that fill the training rows; empty: one fills a row.
+        needles: what is asked of every model; None: rows hold no needles.
+        sample_length: bytes of the row whose second half the model writes; None: `length`.
+        picture_length: tokens of the row whose selection is drawn; None: `length`.
+        remat: what the backward pass recomputes.
+        compile_ahead: compile all programs side by side, the later stages' while the first one
+            trains: for a machine with more cores than the device keeps busy.
         quick_compiles: leave out most of the compiler's optimizations: for a run whose programs
             take longer to compile than to run.
     """
@@ -93,7 +101,19 @@ class Preset:
     buckets: tuple[int, ...]
     cost_shape: LayerShape
     cost_positions: tuple[int, ...]
+    mixture: tuple[int, ...] = ()
+    needles: Grid | None = None
+    sample_length: int | None = None
+    picture_length: int | None = None
+    remat: str = "none"
+    compile_ahead: bool = False
     quick_compiles: bool = False
+
+    @property
+    def held_out_lengths(self) -> tuple[int, ...]:
+        """Lengths of the held-out rows that the demo reads."""
+        others = (self.long_length, self.sample_length, self.picture_length)
+        return tuple(sorted({self.length, *(n for n in others if n is not None)}))
 
 
 # The published 0.02 suits a width of 7168; matrices of width 128 want a spread near 128^-1/2.
@@ -157,4 +177,51 @@ def _smoke() -> Preset:
     )
 
 
-PRESETS = {"cpu": _cpu, "smoke": _smoke}
+def _gpu() -> Preset:
+    """For one Hopper GPU. Widths are those that the kernels serve."""
+    model = presets.get("demo").replace(
+        initializer_range=0.05,  # near 384^-1/2
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        first_k_dense_replace=0,  # one kind of layer: half the program to compile
+        num_attention_heads=8,
+        q_lora_rank=192,
+        kv_lora_rank=256,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=64,
+        v_head_dim=64,
+        moe_intermediate_size=128,
+        n_group=1,
+        topk_group=1,
+        index_n_heads=64,
+        index_head_dim=64,
+        index_topk=256,
+        max_position_embeddings=16_384,
+    )
+    return Preset(
+        model=model,
+        length=8192,
+        long_length=16_384,
+        batch_size=8,
+        compute_dtype="bfloat16",
+        dense=StagePlan(500, rate=2e-3, indexer_rate=0.0, final_fraction=0.1),
+        warmup=StagePlan(100, rate=0.0, indexer_rate=3e-3),
+        sparse=StagePlan(80, rate=4e-4, indexer_rate=1e-3),
+        scored_rows=8,
+        score_batch=2,
+        sweep=(64, 1024),
+        local=512,
+        sink=4,
+        buckets=(256, 1024, 2048, 4096, 8192, 12_288, 16_384),
+        cost_shape=LayerShape(),
+        cost_positions=(1024, 8192, 32_768, 131_072),
+        mixture=(256, 512, 1024, 2048, 4096, 8192),
+        needles=Grid((1024, 2048, 4096, 8192, 16_384), (0.1, 0.3, 0.5, 0.7, 0.9), 16, 4),
+        sample_length=512,
+        picture_length=1024,
+        compile_ahead=True,
+    )
+
+
+PRESETS = {"cpu": _cpu, "smoke": _smoke, "gpu": _gpu}

@@ -82,6 +82,8 @@ def draw_all(
         "sweep": lambda: sweep(results),
         "cost": lambda: cost(results),
     }
+    if "needles" in results["runs"][0]:
+        drawings["needles"] = lambda: needles(results)
     if snapshot is not None:
         drawings["selection"] = lambda: selection(results, snapshot)
     paths = {}
@@ -235,6 +237,35 @@ def _bars(
         else:
             mark, place = (" ▸ ", limit) if end > limit else (" ", end)
             axes.text(place, row, text + mark, va="center", ha="right", fontsize=9, color="white")
+
+
+def needles(results: Results) -> Figure:
+    """The share of needles answered, by length of the document and depth in it."""
+    runs = results["runs"]
+    asked = runs[0]["needles"]
+    figure, panels = plt.subplots(
+        1, len(asked["accuracy"]), figsize=(13, 3.4), layout="constrained", sharey=True
+    )
+    image = None
+    for axes, rung in zip(panels, asked["accuracy"], strict=True):
+        share = np.mean([run["needles"]["accuracy"][rung] for run in runs], axis=0)
+        image = axes.imshow(share.T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for (row, column), value in np.ndenumerate(share):
+            color = "white" if value < 0.6 else "black"
+            axes.text(
+                row, column, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8
+            )
+        axes.set(title=TITLES[rung], xlabel="bytes")
+        axes.set_xticks(range(len(asked["lengths"])), [_size(n) for n in asked["lengths"]])
+        axes.set_yticks(range(len(asked["depths"])), [f"{depth:.0%}" for depth in asked["depths"]])
+        axes.grid(visible=False)
+    panels[0].set_ylabel("depth of the needle")
+    figure.colorbar(image, ax=panels, label="answered", shrink=0.9)
+    return figure
+
+
+def _size(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
 
 
 # --- by position, by layer, by k ------------------------------------------------------------------
@@ -411,7 +442,7 @@ def cost(results: Results) -> Figure:
         axes.axvline(topk, color=COLORS["sparse"], linewidth=0.8, alpha=0.5)
         low, high = (round(np.log2(x)) for x in axes.dataLim.intervalx)
         ticks = [2**n for n in range(low, high + 1, 2)]
-        axes.set_xticks(ticks, [f"{x // 1024}K" if x >= 1024 else str(x) for x in ticks])
+        axes.set_xticks(ticks, [_size(x) for x in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.text(
             topk, 0.02, f" k = {topk}", transform=axes.get_xaxis_transform(), fontsize=8,

@@ -63,6 +63,9 @@ LADDER = (
 LONG = ("dense", "untrained", "recent", "oracle", "warmed", "sparse", "control")
 """Rungs that are also evaluated on longer rows."""
 
+ASKED = ("dense", "untrained", "warmed", "sparse", "control")
+"""Rungs that are also asked for needles."""
+
 SWEEP = ("recent", "oracle", "warmed", "sparse")
 """Rungs that are also evaluated at other k."""
 

@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from dsa_jax import checkpoint as model_files
 from dsa_jax.sharding import batch_spec, make_mesh
 from dsa_jax.transformer import Transformer
-from train import data, diagnose, summary
-from train.checkpoints import Checkpoints, RunRecord, sole_run
-from train.config import TrainConfig, to_dict
+from train import cluster, data, diagnose, summary
+from train.checkpoints import Checkpoints, RunRecord
+from train.config import TrainConfig, flat_dict, to_dict
 from train.data import Batch, DataPosition
+from train.lock import Lock
 from train.signals import StopRequest
 from train.sources import Corpus, open_corpus
 from train.start import Plan, Start, plan, start
 from train.step import StepMetrics, make_step
 from train.tracker import ConsoleTracker, JsonlTracker, TensorBoardTracker, Tracker, Trackers
+from train.utilization import Profiler, Utilization, peak_memory
 
 EvaluateHook = Callable[[Transformer, int], Mapping[str, Any]]
 """`(model, step) -> metrics`, logged as one `eval` record. The model's arrays are given up to the
@@ -56,9 +59,36 @@ class TrainResult:
     interrupted: bool
 
 
+def jit_step(run: Plan) -> Any:
+    """The stage's step, jitted: the state is given up to it and comes back where it was."""
+    return jax.jit(
+        make_step(run.config, run.skeleton, run.optimizer),
+        donate_argnums=0,
+        # Metrics are whole on every process, so that one can read them alone.
+        out_shardings=(
+            jax.tree.map(lambda x: x.sharding, run.state),
+            NamedSharding(run.mesh, PartitionSpec()),
+        ),
+    )
+
+
+def compile_step(config: TrainConfig) -> Any:
+    """The stage's step, compiled before there is anything to run it on, for `train(step=...)`."""
+    config = config.resolved()
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        run = plan(config, mesh)
+        shape = (config.batch_size or 0, config.sequence_length or 0)
+        place = NamedSharding(mesh, batch_spec(config.rules))
+        row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+        batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
+        return jit_step(run).lower(run.state, batch).compile()
+
+
 def train(
     config: TrainConfig,
     *,
+    step: Any = None,
     evaluate: EvaluateHook | None = None,
     evaluate_every: int = 0,
     console: Console | None = None,
@@ -67,6 +97,7 @@ def train(
 
     Args:
         config: the run.
+        step: its step, from `compile_step`; None: compiled here.
         evaluate: called after the last step, and as often as `evaluate_every` says.
         evaluate_every: steps between two calls of `evaluate`; 0: only after the last one.
         console: where tables and the progress bar are drawn; None makes one on stderr.
@@ -75,40 +106,84 @@ def train(
         The trained model and where everything lies.
 
     Raises:
-        ValueError: a config that contradicts itself, the data, the mesh, or the run in `output`.
+        ValueError: a config that contradicts itself, the data, the mesh, or the run in `output`;
+            another run at work in `output`. In a run of several processes an `AgreedError`.
         NonFiniteError: the loss or a gradient became NaN or infinite.
         SaveError: a checkpoint could not be written.
         CheckpointError: a checkpoint could not be read.
+        LockLostError: another run took `output` over while this one was suspended.
     """
-    config = config.resolved()
     console = console or Console(stderr=True)
-    if jax.process_index() > 0:
+    if not cluster.is_primary():
         console = Console(quiet=True)
-    mesh = make_mesh(config.mesh)
     with ExitStack() as stack:
-        stack.enter_context(sole_run(config.output))
+        with cluster.together():
+            config = config.resolved()
+        cluster.require_same("settings", _settings(config))
+        with cluster.together():
+            mesh = make_mesh(config.mesh)
+            run_plan = plan(config, mesh)
+            lock = _lock(config, console, stack)
+        corpus = _corpus(config)
         stack.enter_context(jax.set_mesh(mesh))
-        cache = config.data.token_cache or config.output / "tokens"
-        corpus = open_corpus(config.data, config.model.vocab_size, cache)
         checkpoints = stack.enter_context(
             closing(
-                Checkpoints(config.output / "checkpoints", config.model, config.checkpoint.keep)
+                Checkpoints(
+                    config.output / "checkpoints",
+                    config.model,
+                    config.checkpoint.keep,
+                    timeout=config.checkpoint.timeout,
+                    before_save=lock.check if lock else lambda: None,
+                )
             )
         )
-        run_plan = plan(config, mesh)
         begun = start(run_plan, checkpoints)
         numbers = summary.show(console, config, begun.state, mesh, begun.origin, begun.notes)
         first = int(begun.state.step)
         log = stack.enter_context(closing(_trackers(config, console, first)))
         log.log("start", first, {"origin": begun.origin, **numbers})
         stop = stack.enter_context(StopRequest())
-        run = _Run(run_plan, begun, corpus, checkpoints, log, evaluate, evaluate_every)
+        step = step or jit_step(run_plan)
+        run = _Run(run_plan, begun, corpus, step, checkpoints, log, evaluate, evaluate_every)
         interrupted = run.steps(stop)
         return run.result(interrupted)
 
 
+def _lock(config: TrainConfig, console: Console, stack: ExitStack) -> Lock | None:
+    """Keeps other runs out of the folder; one process does it for all."""
+    if not cluster.is_primary():
+        return None
+    what = f"output={str(config.output)!r}"
+    return stack.enter_context(Lock(config.output, what, lambda text: console.print(text)))
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What all processes of a run must have in common."""
+    fields = flat_dict(to_dict(config)).items()
+    same = {name: value for name, value in fields if not name.startswith("cluster.")}
+    return {**same, "jax": jax.__version__, "platform": jax.default_backend()}
+
+
+def _corpus(config: TrainConfig) -> Corpus:
+    """The same data in every process; text is tokenised once, by the first, where they share a
+    file system."""
+
+    def read() -> Corpus:
+        cache = config.data.token_cache or config.output / "tokens"
+        return open_corpus(config.data, config.model.vocab_size, cache)
+
+    corpus = None
+    with cluster.together():
+        if cluster.is_primary():
+            corpus = read()
+    with cluster.together():
+        corpus = corpus or read()
+    cluster.require_same("data (data.sources)", corpus.files)
+    return corpus
+
+
 def _trackers(config: TrainConfig, console: Console, first: int) -> Tracker:
-    if jax.process_index() > 0:
+    if not cluster.is_primary():
         return Trackers([])
     name = config.stage.value
     trackers: list[Tracker] = [
@@ -116,7 +191,7 @@ def _trackers(config: TrainConfig, console: Console, first: int) -> Tracker:
         ConsoleTracker(console, name, total=config.steps or 0, start=first),
     ]
     if config.log.tensorboard:
-        trackers.append(TensorBoardTracker(config.output / "tensorboard"))
+        trackers.append(TensorBoardTracker(config.output / "tensorboard", first))
     return Trackers(trackers)
 
 
@@ -137,6 +212,7 @@ class _Run:
         run: Plan,
         begun: Start,
         corpus: Corpus,
+        step: Any,
         checkpoints: Checkpoints,
         log: Tracker,
         evaluate: EvaluateHook | None,
@@ -156,11 +232,9 @@ class _Run:
             begun.position.check(corpus)
             self.first_row = begun.position.rows_at(self.length)
         self.batch_sharding = NamedSharding(run.mesh, batch_spec(config.rules))
-        self.step = jax.jit(
-            make_step(config, run.skeleton, run.optimizer),
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, run.state), None),
-        )
+        self.step = step
+        self.utilization = Utilization(config, run.mesh.size)
+        self.profiler = Profiler(config.log, config.output)
         self.pending: _Pending | None = None
         self.last: dict[str, Any] = {}
         self.clock = time.perf_counter()
@@ -168,13 +242,19 @@ class _Run:
 
     def steps(self, stop: StopRequest) -> bool:
         """Runs to the last step, or to a request to stop; returns whether it was the latter."""
+        with closing(self.profiler):
+            return self._steps(stop)
+
+    def _steps(self, stop: StopRequest) -> bool:
         total, every = self.config.steps or 0, self.evaluate_every
         batches = self._batches()
         for step in range(self.first + 1, total + 1):
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
+            self.profiler.before(step)
             self.state, metrics = self.step(self.state, batch)
+            self.profiler.after(step, metrics)
             self._report()
             self.pending = _Pending(step, metrics, batch, waited)
             stopping = stop.after(step, self.checkpoints.manager)
@@ -247,6 +327,8 @@ class _Run:
             "seconds": seconds,
             "data_seconds": waited,
             "checkpoint_seconds": self.saving,  # what the save after the step before held up
+            **self.utilization.of(seconds),
+            **peak_memory(),
         }
         self.saving = 0.0
         if not values.pop("ok"):

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from train import claims as claims_module
-from train import figures
-from train.claims import CLAIMS, Verdict, mean_and_range, number
+from train import figures, needles
+from train.claims import Verdict, mean_and_range, number
 from train.cost import LayerShape
 from train.ladder import LADDER
 from train.tracker import read_metrics
@@ -59,7 +59,7 @@ def write(folder: Path) -> Path:
 
 def check(results: Results) -> list[Verdict]:
     """The demo's claims against its numbers."""
-    return claims_module.check(CLAIMS, results["runs"])
+    return claims_module.check(claims_module.of(results), results["runs"])
 
 
 # --- the terminal ---------------------------------------------------------------------------------
@@ -91,6 +91,27 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     for verdict in verdicts:
         holds = "[green]yes[/]" if verdict.holds else "[red]NO[/]"
         out.add_row(*_verdict_cells(verdict), holds)
+    return out
+
+
+def implementation_table(served: Mapping[str, str]) -> Table:
+    """Which implementation serves each op, for the terminal."""
+    out = _table("Ops of training and what serves them")
+    for column in ("op", "implementation"):
+        out.add_column(column)
+    for op, implementation in sorted(served.items()):
+        out.add_row(op, implementation)
+    return out
+
+
+def needle_table(results: Results) -> Table:
+    """Retrieval for the terminal."""
+    out = _table("Needles answered, by bytes of the document")
+    head, rows = _needle_rows(results)
+    for i, column in enumerate(head):
+        out.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for cells in rows:
+        out.add_row(*cells)
     return out
 
 
@@ -133,6 +154,29 @@ def _ladder_rows(runs: Sequence[Results]) -> list[list[str]]:
     return rows
 
 
+_NEEDLE_TITLES = {
+    "dense": "dense",
+    "untrained": "untrained indexer",
+    "warmed": "warm-up only",
+    "sparse": "after sparse training",
+    "control": "dense control",
+}
+
+
+def _needle_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: a row a model, a column a length."""
+    runs = results["runs"]
+    lengths = runs[0]["needles"]["lengths"]
+    rows = []
+    for rung, title in _NEEDLE_TITLES.items():
+        cells = [
+            mean_and_range([claims_module.needle_accuracy(run, rung, n) for run in runs])
+            for n in lengths
+        ]
+        rows.append([title, *cells])
+    return ["weights and keys", *(str(n) for n in lengths)], rows
+
+
 def _verdict_cells(verdict: Verdict) -> list[str]:
     claim = verdict.claim
     sign = "≤" if claim.sense == "<=" else "≥"
@@ -154,6 +198,7 @@ def _markdown(
         _ladder_text(results),
         _markdown_table(_LADDER_COLUMNS, _ladder_rows(results["runs"])),
         _figure(drawn, folder, "ladder", "Held-out loss of every rung."),
+        *_retrieval(results, drawn, folder),
         "## Training",
         _figure(drawn, folder, "training", _TRAINING_CAPTION),
         "## What the indexer learns",
@@ -244,6 +289,27 @@ def _ladder_text(results: Results) -> str:
     )
 
 
+def _retrieval(results: Results, drawn: Mapping[str, Path], folder: Path) -> list[str]:
+    """The needles' section, if any were asked for."""
+    if "needles" not in results["runs"][0]:
+        return []
+    asked, length, k = results["runs"][0]["needles"], results["length"], results["topk"]
+    text = (
+        "A number stands under a two-letter name somewhere in held-out running text, among other "
+        f"such needles, one for every {needles.SPACING} bytes; the text ends in the name, and an "
+        "answer counts if every digit is the likeliest one. "
+        f"{asked['count']} documents for each of {len(asked['depths'])} depths and each length, "
+        "the same for all models; the mean over depths. Training had documents of up to "
+        f"{length} bytes. {k} keys are {k / max(asked['lengths']):.1%} of the longest."
+    )
+    return [
+        "## Retrieval",
+        text,
+        _markdown_table(*_needle_rows(results)),
+        _figure(drawn, folder, "needles", "By length, and by how deep in it the needle lies."),
+    ]
+
+
 def _positions_caption(results: Results) -> str:
     long, length = results["long_length"], results["length"]
     dense = mean_and_range([r["long_ladder"]["dense"]["cross_entropy"] for r in results["runs"]])
@@ -259,7 +325,10 @@ def _cost_text(results: Results) -> str:
     far = 131_072
     decode = shape.dense_decode_flop(far) / shape.sparse_flop(far)
     prefill = shape.dense_prefill_flop(far) / shape.sparse_flop(far)
-    measured = results["cost"]["measured"]
+    measured, dtype = results["cost"]["measured"], results.get("compute_dtype", "float32")
+    how = "reference implementations"
+    if dtype == "bfloat16" and "mosaic" in results.get("implementations", {}).values():
+        how = "kernels for DSA, XLA for dense attention, time between calls included"
     ratios = [(p["position"], p["dense"] / (p["indexer"] + p["sparse"])) for p in measured]
     cheaper = [position for position, ratio in ratios if ratio > 1]
     crossing = (
@@ -278,8 +347,8 @@ def _cost_text(results: Results) -> str:
         "The slope that remains is the indexer, which still scores every key.\n\n"
         f"Measured here, on a layer with {results['cost']['shape']['heads']} heads and "
         f"k = {results['cost']['shape']['topk']}: {crossing}; at {ratios[-1][0]} keys the ratio is "
-        f"{ratios[-1][1]:.1f}. Reference implementations on {results['machine']['device']}, not "
-        "kernels: the shape of the curve is the point, not its height."
+        f"{ratios[-1][1]:.1f}. In {dtype} on {results['machine']['device']}, by {how}: the "
+        "shape of the curve is the point, not its height."
     )
 
 
@@ -301,16 +370,18 @@ def _setup(results: Results) -> str:
             [name, str(stage["steps"]), f"{stage['tokens']:,}", stage["rates"],
              f"{stage['seconds']:.0f} s", f"`{stage['checkpoint']}`"]
         )  # fmt: skip
+    served = "; ".join(f"`{op}` {what}" for op, what in results.get("implementations", {}).items())
+    served = f"Ops in training: {served}.\n\n" if served else ""
     stages = _markdown_table(
         ["stage", "steps", "tokens", "learning rates", "time", "checkpoint (seed 0)"], rows
     )
     return (
         f"{model['layers']} layers of MLA, {model['description']}; {model['parameters']:,} "
         f"parameters, {model['indexer_parameters']:,} of them in the indexers "
-        f"({model['indexer_parameters'] / model['parameters']:.1%}).\n\n{stages}\n\n"
+        f"({model['indexer_parameters'] / model['parameters']:.1%}).\n\n{stages}\n\n{served}"
         f"Text: {corpus['license']} {corpus['train_bytes']:,} bytes to train on; held out, whole: "
         f"{', '.join(corpus['held_out'])} ({corpus['held_out_bytes']:,} bytes). Bytes are tokens; "
-        "half of each row is running text, the rest quotes it. "
+        f"half of each row is running text, the rest quotes it{_mixture(results)}. "
         f"Every loss above is over {corpus['scored']:,} held-out bytes in rows of "
         f"{results['length']}, spread evenly over those books.\n\n"
         f"Machine: {machine['device']}, {machine['cores']} cores, jax {machine['jax']}, "
@@ -323,6 +394,17 @@ def _setup(results: Results) -> str:
         "the other. The quotations make distant keys matter; plain prose needs them far less at "
         "this size, and a small loss here promises nothing about retrieval at 128K."
     )
+
+
+def _mixture(results: Results) -> str:
+    """What longer rows are made of."""
+    text = ""
+    if "needles" in results["runs"][0]:
+        text += " and asks for the needles in it"
+    if results["corpus"].get("mixture"):
+        lengths = ", ".join(map(str, results["corpus"]["mixture"]))
+        text += f"; rows of {results['length']} are filled with documents of {lengths} bytes"
+    return text
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -16,7 +16,8 @@ class StopRequest:
 
     Schedulers send SIGTERM some seconds or minutes before they take a machine away. In a run of
     several processes the signals may arrive between different steps, so there the decision is
-    left to JAX's preemption service, which names one step to all of them.
+    left to JAX's preemption service, which names one step to all of them. It takes SIGTERM only;
+    Ctrl-C is handed to it as one.
     """
 
     def __init__(self) -> None:
@@ -24,8 +25,9 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+        if threading.current_thread() is threading.main_thread():
+            alone = jax.process_count() == 1
+            for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -35,6 +37,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
         self._restore()
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -42,7 +42,8 @@ class Corpus:
 
     Args:
         parts: the files' tokens, in order.
-        files: `{file name: digest}` of what was read, to notice on resume that data changed.
+        files: `{file name: "bytes:hash"}`, the manifest of what was read, to notice on resume that
+            data changed.
     """
 
     def __init__(self, parts: Sequence[Part], files: dict[str, str]):
@@ -89,7 +90,9 @@ def open_corpus(config: DataConfig, vocab_size: int, cache: Path) -> Corpus:
             parts.append(reader.part(path, digest))
         else:
             parts.append(_token_file(path, config, vocab_size))
-        files[path.name if path.name not in files else str(path)] = digest
+        files[path.name if path.name not in files else str(path)] = (
+            f"{path.stat().st_size}:{digest}"
+        )
     return Corpus(parts, files)
 
 

@@ -167,12 +167,13 @@ class TensorBoardTracker:
 
     Args:
         folder: where the event files go.
+        start: steps done before. What a killed run wrote of later ones is hidden: they run again.
 
     Raises:
         ImportError: tensorboardX is not installed.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, start: int = 0):
         try:
             from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
         except ImportError as error:
@@ -180,7 +181,7 @@ class TensorBoardTracker:
                 "log.tensorboard=True needs tensorboardX: pip install 'dsa-jax[tensorboard]', "
                 "or leave it out (metrics.jsonl is written anyway)"
             ) from error
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
 
     def log(self, kind: str, step: int, metrics: Metrics) -> None:
         """Writes every number of the record."""

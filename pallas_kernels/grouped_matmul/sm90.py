@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -23,10 +25,21 @@ def unsupported(x, w) -> str | None:
 
 def multiply(x, w, group_sizes) -> jax.Array:
     """`out[m] = x[m] @ w[e]`: arguments as in `dsa_jax.grouped_matmul`."""
-    return rows_sm90.multiply(x, w, group_sizes, transpose=False, ctas=sm_count())
+    return _rows(x, w, group_sizes, transpose=False)
 
 
 def gradients(x, w, group_sizes, g) -> tuple[jax.Array, jax.Array]:
     """Gradients of x and w, given that of the product."""
-    dx = rows_sm90.multiply(g, w, group_sizes, transpose=True, ctas=sm_count())
-    return dx, weights_sm90.multiply(x, g, group_sizes, ctas=sm_count())
+    return _rows(g, w, group_sizes, transpose=True), _weights(x, g, group_sizes)
+
+
+# Jitted, so that products of equal shapes (an expert's gate and up) are one kernel of the program:
+# lowering a kernel takes a second.
+@functools.partial(jax.jit, static_argnames="transpose")
+def _rows(x, w, group_sizes, *, transpose: bool) -> jax.Array:
+    return rows_sm90.multiply(x, w, group_sizes, transpose=transpose, ctas=sm_count())
+
+
+@jax.jit
+def _weights(x, g, group_sizes) -> jax.Array:
+    return weights_sm90.multiply(x, g, group_sizes, ctas=sm_count())

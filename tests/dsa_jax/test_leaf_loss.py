@@ -100,3 +100,30 @@ def test_that_test_can_fail(monkeypatch):
 def test_remat_computes_the_loss_once():
     """Its gradient is saved by name, so that recomputation has nothing to do in this stage."""
     assert warmup_program(2, "full")[2] == pytest.approx(warmup_program(2, "none")[2], rel=0.01)
+
+
+def test_a_loss_may_work_on_a_ref_in_a_scan():
+    """As kernels do whose gradient adds up in place."""
+
+    @jax.custom_vjp
+    def square(w, x):
+        return ((x * w) ** 2).sum()
+
+    @jax.jit
+    def pull(residuals, g):
+        w, x = residuals
+        sums = jax.new_ref(jnp.zeros_like(x))
+        sums[:2] = 2 * w * x[:2] ** 2
+        sums[2] = 2 * w * x[2] ** 2
+        return g * jax.freeze(sums).sum(), None
+
+    square.defvjp(lambda w, x: (square(w, x), (w, x)), pull)
+
+    def layer(x, w):
+        return jnp.sin(x), leaf_loss(square, w, x)
+
+    x, w = jnp.arange(3.0) + 1, jnp.array([1.0, 2.0])
+    for step in (layer, jax.checkpoint(layer)):
+        gradient = jax.jit(jax.grad(lambda w, step=step: jax.lax.scan(step, x, w)[1].sum()))(w)
+        expected = 2 * w * jnp.stack([(x**2).sum(), (jnp.sin(x) ** 2).sum()])
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6)

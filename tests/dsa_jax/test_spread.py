@@ -1,5 +1,7 @@
 """Orders of tokens, sums of gradients, and what a mesh refuses."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,10 @@ def test_keys_gradients_are_summed_in_fp32():
 
     with jax.set_mesh(make_mesh(MeshConfig(context=8))):
         found = jit(jax.grad(total))(x)
+        # A CPU would sum bf16 in fp32 too, a GPU would not.
+        text = jax.jit(jax.grad(total)).lower(x).as_text()
+    sums = re.findall(r"reduce_scatter.*?\) -> (tensor<\S+>)", text, re.DOTALL)
+    assert sums == ["tensor<1x8x4xf32>"]
     exact = spread.to_zigzag(g.astype(jnp.float32).sum(0)[None], 8)
     np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
 

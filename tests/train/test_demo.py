@@ -18,6 +18,7 @@ from train.cost import LayerShape
 from train.demo_presets import PRESETS, StagePlan
 from train.ladder import LADDER, LONG, SWEEP
 from train.load import load_model
+from train.needles import Grid
 from train.tracker import read_metrics
 
 
@@ -32,6 +33,10 @@ def test_presets_are_consistent(name):
     assert preset.length in preset.buckets
     assert list(preset.buckets) == sorted(set(preset.buckets))
     assert topk not in preset.sweep
+    assert not any(preset.length % length for length in preset.mixture)
+    if preset.needles is not None:
+        assert preset.length in preset.needles.lengths
+        assert max(preset.needles.lengths) <= preset.model.max_position_embeddings
     assert max(preset.cost_positions) > 2 * preset.cost_shape.topk > 2 * min(preset.cost_positions)
     # The published layer does 17 operations of dense attention for each of the indexer.
     assert preset.cost_shape.mqa_flop / preset.cost_shape.indexer_flop == 17
@@ -82,8 +87,8 @@ def tiny_preset():
     return dataclasses.replace(
         smoke,
         model=model,
-        length=32,
-        long_length=48,
+        length=64,
+        long_length=96,
         batch_size=4,
         dense=StagePlan(4, rate=1e-2, indexer_rate=0.0),
         warmup=StagePlan(3, rate=0.0, indexer_rate=1e-2),
@@ -92,7 +97,12 @@ def tiny_preset():
         score_batch=2,
         sweep=(8,),
         local=4,
-        buckets=(4, 16, 32, 48),
+        buckets=(4, 32, 64, 96),
+        mixture=(32, 64),
+        needles=Grid((64, 96), (0.2, 0.8), 2, 2),
+        sample_length=72,
+        picture_length=48,
+        compile_ahead=True,
         cost_shape=LayerShape(
             heads=2, latent=16, rotary=8, indexer_heads=2, indexer_width=4, topk=8
         ),
@@ -254,9 +264,9 @@ def test_the_evaluate_command_agrees_with_the_demo(finished, capsys, monkeypatch
     run = folder / "seed-0" / "sparse"
     output = folder / "evaluation.json"
     arguments = ["evaluate", str(run), "--controls", "indexer", "--output", str(output)]
-    arguments += ["--sequence-length", "32", "--rows", "4", "--batch-size", "2", "--local", "4"]
+    arguments += ["--sequence-length", "64", "--rows", "4", "--batch-size", "2", "--local", "4"]
     arguments += ["--compute-dtype", "float32", "--data.no-mark-start", "--data.no-mark-end"]
-    arguments += ["--data.sources", str(folder / "text" / "held-out-32.jsonl")]
+    arguments += ["--data.sources", str(folder / "text" / "held-out-64.jsonl")]
     assert main(arguments) == 0
     assert "nats/token" in capsys.readouterr().out
     found = json.loads(output.read_text())["indexer"]

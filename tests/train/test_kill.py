@@ -61,7 +61,7 @@ def test_killed_runs_end_bit_equal(tmp_path):
 
     rng = random.Random(0)
     resumed_from = []
-    for goal in (4, 11, 20):
+    for goal in (4, 14):
         process = start(cut, tokens, cache)
         while steps_done(cut) < goal and process.poll() is None:
             time.sleep(0.01)
@@ -79,9 +79,9 @@ def test_killed_runs_end_bit_equal(tmp_path):
     lines = (cut / "sparse" / "metrics.jsonl").read_text().splitlines()
     starts = [r for r in map(json.loads, lines) if r["kind"] == "start"]
     resumed_from = [r["step"] for r in starts]
-    assert len(starts) == 4
+    assert len(starts) == 3
     assert resumed_from[0] == 0
-    assert 0 < resumed_from[1] < resumed_from[2] < resumed_from[3] < 30
+    assert 0 < resumed_from[1] < resumed_from[2] < 30
     losses = [
         [(r["step"], r["loss"]) for r in read_metrics(f / "sparse" / "metrics.jsonl", "train")]
         for f in (whole, cut)

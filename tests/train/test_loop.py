@@ -18,9 +18,10 @@ from dsa_jax import checkpoint as model_files
 from dsa_jax import presets
 from dsa_jax.checkpoint import CheckpointError
 from dsa_jax.sharding import MeshConfig, make_mesh
-from train.checkpoints import Checkpoints, SaveError, sole_run
+from train.checkpoints import Checkpoints, SaveError
 from train.config import BranchConfig, CheckpointConfig, OptimizerConfig
 from train.diagnose import NonFiniteError
+from train.lock import Lock
 from train.loop import train
 from train.optimizer import make_optimizer
 from train.stages import Group, Stage, group_of
@@ -41,6 +42,7 @@ def assert_bit_equal(one, other):
 
 def without_times(path):
     timed = ("seconds", "data_seconds", "checkpoint_seconds", "tokens_per_second")
+    timed += ("tflops_per_device",)
     records = read_metrics(path, "train")
     return [{k: v for k, v in r.items() if k not in timed} for r in records]
 
@@ -170,19 +172,25 @@ def test_another_config_is_refused_by_field(warm_config, warmup):
 
 
 def test_changed_data_is_refused(warm_config, warmup, tmp_path):
-    np.save(tmp_path / "tokens.npy", np.load(warm_config.data.sources[0])[:-1])
+    tokens = np.load(warm_config.data.sources[0])
+    np.save(tmp_path / "tokens.npy", tokens[:-1])
     run = dataclasses.replace(
         warm_config,
         output=tmp_path / "run",
         data=dataclasses.replace(warm_config.data, sources=(str(tmp_path / "tokens.npy"),)),
     )
-    with pytest.raises(ValueError, match=r"tokens\.npy changed since the checkpoint"):
+    message = r"tokens\.npy \(6128 bytes before, 6126 now\) changed since the checkpoint"
+    with pytest.raises(ValueError, match=message):
+        train(run, console=quiet())
+    tokens[7] += 1
+    np.save(tmp_path / "tokens.npy", tokens)
+    with pytest.raises(ValueError, match=r"tokens\.npy \(same size, other content\)"):
         train(run, console=quiet())
 
 
 def test_a_second_run_in_the_same_folder_is_refused(warm_config):
     with (
-        sole_run(warm_config.output),
+        Lock(warm_config.output),
         pytest.raises(ValueError, match=r"another run is at work there"),
     ):
         train(warm_config, console=quiet())

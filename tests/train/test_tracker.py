@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import struct
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -71,14 +73,38 @@ def test_console_writes_lines_where_there_is_no_terminal():
     assert "overlap" not in text
 
 
-def test_tensorboard_is_an_extra(tmp_path):
-    try:
-        import tensorboardX  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        with pytest.raises(ImportError, match=r"pip install 'dsa-jax\[tensorboard\]'"):
-            TensorBoardTracker(tmp_path)
-        return
+def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"pip install 'dsa-jax\[tensorboard\]'"):
+        TensorBoardTracker(tmp_path)
+
+
+def events(folder):
+    """The records of the event files: length, checksum, an event, checksum."""
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports]
+
+    for path in sorted(folder.glob("events*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            yield Event.FromString(data[at + 12 : at + 12 + size])
+            at += size + 16
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    pytest.importorskip("tensorboardX")
     tracker = TensorBoardTracker(tmp_path)
-    tracker.log("train", 1, {"loss": 1.0, "kl_layers": [1.0, 2.0], "note": "text"})
+    for step in (1, 2, 3):
+        tracker.log("train", step, {"loss": 1 / step, "kl_layers": [1.0, 2.0], "note": "text"})
     tracker.close()
-    assert list(tmp_path.glob("events*"))
+    scalars = [(e.step, v.tag, v.simple_value) for e in events(tmp_path) for v in e.summary.value]
+    assert (2, "train/loss", 0.5) in scalars
+    assert (3, "train/kl_layers/01", 2.0) in scalars
+    assert len(scalars) == 9  # texts are left out
+
+    # A run that was killed after step 3 and goes on from step 1: what it wrote later is hidden.
+    tracker = TensorBoardTracker(tmp_path, start=1)
+    tracker.log("train", 2, {"loss": 0.25})
+    tracker.close()
+    starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
+    assert starts == [2]

@@ -1,0 +1,28 @@
+"""Work for other cores while the device trains: compiling what comes next."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+# Tracing holds the interpreter, which the training loop needs too: more would slow it down.
+_THREADS = 4
+
+
+class Ahead:
+    """A pool of threads that know what their creator knows (`dispatch.kernels`, for one)."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        """Calls the function, some time soon; those submitted first begin first."""
+        return self._pool.submit(contextvars.copy_context().run, function, *arguments)
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)

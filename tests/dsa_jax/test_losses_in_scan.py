@@ -24,8 +24,9 @@ ARGUMENTS = [
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_sparse_loss(remat):
     def loss(w, inputs):
-        iq, *rest, indices = inputs
-        kl = indexer_kl_sparse(iq * w.astype(BF16), *rest, Selection(indices), scale=0.1)
+        iq, ik, iw, q, kv, lse, indices = inputs
+        iq = iq * w.astype(BF16)
+        kl = indexer_kl_sparse(iq, ik, iw, q, kv, lse, Selection(indices), scale=0.1)
         return kl.sum()
 
     def model(weights, iq, *rest):

@@ -4,7 +4,7 @@ import pytest
 
 from dsa_jax import presets
 from dsa_jax.sharding import MeshConfig
-from train.plan import PlanOptions, make, report
+from train.plan import PlanOptions, make, report, to_json
 from train.plan.compiled import CompileError, compile_step, plugin_found
 from train.plan.hardware import GPUS
 from train.plan.options import train_config
@@ -47,7 +47,7 @@ def test_compiled_for_cpu_devices():
     check(found, "compiled for CPU")
     assert phases == ["tracing", "compiling", "reading the program"]
     assert any("compiled for CPU devices" in note for note in found.notes)
-    assert report.to_json(found)["compile_seconds"] > 0
+    assert to_json(found)["compile_seconds"] > 0
 
 
 @pytest.mark.aot

@@ -6,6 +6,7 @@ compiles the real train step for GPUs that are not there and reads the program.
 """
 
 from train.plan.options import PlanOptions
-from train.plan.report import Report, make, to_json
+from train.plan.plain import to_json
+from train.plan.report import Report, make
 
 __all__ = ["PlanOptions", "Report", "make", "to_json"]

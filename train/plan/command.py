@@ -11,7 +11,8 @@ from rich.console import Console
 
 from dsa_jax import presets
 from train.plan.options import PlanOptions
-from train.plan.report import make, to_json
+from train.plan.plain import to_json
+from train.plan.report import make
 from train.plan.show import show
 
 

@@ -104,6 +104,7 @@ def test_devices_choose_the_same_keys():
 
     def choose(params, tokens, segments):
         out = skeleton.model(params)(tokens, segment_ids=segments, return_selection=True)
+        assert out.selection is not None
         return out.selection.indices, out.hidden
 
     one = jit(choose)(params, tokens, segments)

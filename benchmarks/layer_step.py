@@ -312,7 +312,7 @@ def check(tokens: int, model: ModelConfig, pool: Executor) -> Callable[[], dict[
     run = functools.partial(gradients, config, skeleton_of(config))
     state, h, above = jax.eval_shape(functools.partial(prepare, config, 1))
     topk = min(config.model.index_topk or 0, tokens)
-    keys = Selection(jax.ShapeDtypeStruct((1, tokens, topk), jnp.int32))
+    keys = Selection(jax.ShapeDtypeStruct((1, tokens, topk), jnp.int32))  # pyright: ignore[reportArgumentType]
     with dispatch.kernels(True):
         ours = pool.submit(compile_, jax.jit(lambda *x: run(*x)).lower(state.params, h, above))
     with dispatch.kernels(False):

@@ -49,7 +49,7 @@ def from_ops(rows: list[dict]) -> list[dict]:
             made.append({"op": "position", "kind": kind, "keys": keys, "us_per_token": us})
 
     for row in rows:
-        ms, keys, queries = row.get("ms"), row.get("keys"), row.get("queries", 4096)
+        ms, keys, queries = row.get("ms", 0.0), row.get("keys", 0), row.get("queries", 4096)
         if row["op"] == "dense_attention" and row.get("shape") == "192/128":
             add("dense", keys / 2, 1e3 * ms / keys)
         elif row["op"] == "lightning_indexer" and queries == 4096:

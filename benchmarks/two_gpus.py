@@ -13,13 +13,17 @@ Three parts:
 
 Each row of the result has the wall time of a step, and what CUPTI saw of one: the time in NCCL's
 kernels and in all others, a GPU's mean. Communication is exposed where a step takes longer than
-the other kernels do; launch gaps count as exposed too. Programs compile side by side while others
-run, without autotuning, which would take longer than all runs together.
+the other kernels do; launch gaps count as exposed too.
+
+All programs of a part are compiled before its first one runs, side by side and without autotuning,
+which would take longer than all runs together. None is loaded while another runs: loading waits for
+the GPU, and a collective on it for the other GPU's, which may wait for the loading.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import math
 import os
@@ -27,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -360,11 +364,18 @@ def main() -> int:
     if jax.device_count() < 2:
         print(f"two devices are needed, there is {jax.device_count()}", file=sys.stderr)
         return 2
+    faulthandler.dump_traceback_later(60, repeat=True)  # says where it hangs, should it hang
     given, report = sizes(options.tiny), Report(options.json)
     todo = cases(options.parts)
     pool = ThreadPoolExecutor(max_workers=2 if options.tiny else 8)
     done: dict[str, Program] = {}
-    for case, program in _compile_all(todo, given, pool).items():
+    programs: dict[Case, Future[Program]] = {}
+    for case in todo:
+        if case not in programs:
+            part = [other for other in todo if other.model == case.model]
+            programs |= _compile_all(part, given, pool, report)
+            wait(programs.values())
+        program = programs[case]
         if report.seconds() > options.seconds:
             report.add(case.name, {"skipped": "out of time"})
             continue
@@ -398,7 +409,7 @@ def _checkpoint(
 
 
 def _compile_all(
-    todo: Sequence[Case], given: Sizes, pool: ThreadPoolExecutor
+    todo: Sequence[Case], given: Sizes, pool: ThreadPoolExecutor, report: Report
 ) -> dict[Case, Future[Program]]:
     """Traces in one thread, for Python has one at a time, and compiles in others."""
     programs: dict[Case, Future[Program]] = {case: Future() for case in todo}
@@ -406,6 +417,7 @@ def _compile_all(
     def finish(case: Case, run: Plan, init: Any, step: Any) -> None:
         try:
             programs[case].set_result(Program(run, init.compile(), step.compile()))
+            print(f"{report.seconds():6.1f} s  {case.name}: compiled", flush=True)
         except BaseException as error:
             programs[case].set_exception(error)
 
@@ -415,6 +427,7 @@ def _compile_all(
                 model = given.small if case.model == "small" else given.large
                 config = train_config(model, case.stage, MESHES[case.mesh], given)
                 pool.submit(finish, case, *trace(config, given))
+                print(f"{report.seconds():6.1f} s  {case.name}: traced", flush=True)
             except BaseException as error:
                 programs[case].set_exception(error)
 

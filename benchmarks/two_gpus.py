@@ -69,10 +69,10 @@ from dsa_jax.sharding import MeshConfig, batch_spec, make_mesh  # noqa: E402
 from train.checkpoints import Checkpoints, RunRecord  # noqa: E402
 from train.config import TrainConfig, to_dict  # noqa: E402
 from train.data import Batch, DataPosition  # noqa: E402
+from train.loop import trace_step  # noqa: E402
 from train.stages import Stage  # noqa: E402
 from train.start import Plan, plan, start  # noqa: E402
 from train.state import TrainState, new_state  # noqa: E402
-from train.step import make_step  # noqa: E402
 
 MESHES: dict[str, MeshConfig] = {
     "one": MeshConfig(),
@@ -176,7 +176,7 @@ def _fill(path: str, number: int, like: jax.ShapeDtypeStruct) -> jax.Array:
     return (1.7 * fan_in**-0.5 * noise).astype(like.dtype)
 
 
-def trace(config: TrainConfig, given: Sizes) -> tuple[Plan, jax.stages.Lowered, jax.stages.Lowered]:
+def trace(config: TrainConfig) -> tuple[Plan, jax.stages.Lowered, jax.stages.Lowered]:
     """The plan of a run, and its initialiser and step before they are compiled."""
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -190,12 +190,7 @@ def trace(config: TrainConfig, given: Sizes) -> tuple[Plan, jax.stages.Lowered, 
             return new_state(config, params, run.optimizer)
 
         where = jax.tree.map(lambda x: x.sharding, run.state)
-        shape, place = (given.batch, given.length), NamedSharding(mesh, batch_spec())
-        names = ("tokens", "targets", "segment_ids", "positions")
-        batch = {n: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for n in names}
-        step = make_step(config, run.skeleton, run.optimizer)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-        return run, jax.jit(init, out_shardings=where).lower(), jitted.lower(run.state, batch)
+        return run, jax.jit(init, out_shardings=where).lower(), trace_step(run).lower()
 
 
 class _Stepping(jax.stages.Wrapped):
@@ -426,7 +421,7 @@ def _compile_all(
             try:
                 model = given.small if case.model == "small" else given.large
                 config = train_config(model, case.stage, MESHES[case.mesh], given)
-                pool.submit(finish, case, *trace(config, given))
+                pool.submit(finish, case, *trace(config))
                 print(f"{report.seconds():6.1f} s  {case.name}: traced", flush=True)
             except BaseException as error:
                 programs[case].set_exception(error)

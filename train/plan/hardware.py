@@ -11,6 +11,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from train.utilization import peak_flops
+
 
 class Gpu(NamedTuple):
     """One kind of GPU.
@@ -18,16 +20,21 @@ class Gpu(NamedTuple):
     Attributes:
         name: as JAX prints it.
         memory: bytes that a CUDA context leaves to XLA's allocator.
-        peak_tflops: dense bf16, data sheet.
         hbm_gbps: GB/s of memory, data sheet.
         per_host: GPUs joined by NVLink.
     """
 
     name: str
     memory: int
-    peak_tflops: float
     hbm_gbps: float
     per_host: int = 8
+
+    @property
+    def peak_tflops(self) -> float:
+        """Dense bf16, data sheet."""
+        peak = peak_flops(self.name)
+        assert peak is not None
+        return peak / 1e12
 
     @property
     def target(self) -> str:
@@ -38,8 +45,8 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 84_978_434_048, 989.4, 3352.0),
-    "h200": Gpu("NVIDIA H200", 150_100_000_000, 989.4, 4800.0),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 84_978_434_048, 3352.0),
+    "h200": Gpu("NVIDIA H200", 150_100_000_000, 4800.0),
 }
 
 _TARGET = """

@@ -16,13 +16,15 @@ kernels and by XLA on the same numbers and the same selected keys, and compares 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
+import gzip
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,22 +177,31 @@ def make_step(config: TrainConfig, skeleton: Skeleton) -> Callable:
     return step
 
 
-def prepare(config: TrainConfig, seed: int = 0) -> tuple[TrainState, jax.Array, jax.Array]:
-    """A fresh state, a random input and a random gradient from above, made on the device."""
+def draw(config: TrainConfig, seed: int = 0) -> tuple[Params, jax.Array, jax.Array]:
+    """Fresh parameters, a random input and a random gradient from above, made on the device."""
     key = jax.random.key(seed, impl="rbg")  # a billion weights: compiled and drawn the sooner
     # A gradient of about this size per token keeps the loss an average over tokens.
     shape = (1, config.sequence_length or 0, config.model.hidden_size)
     h = jax.random.normal(jax.random.fold_in(key, 1), shape)
     above = jax.random.normal(jax.random.fold_in(key, 2), shape, jnp.bfloat16) / shape[1]
 
-    def draw(number: int, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def parameter(number: int, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if "norm" in path or path.endswith("bias"):
             return jnp.full(leaf.shape, float(path.endswith("weight")), leaf.dtype)
         std = config.model.initializer_range
         return std * jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
 
     shapes = skeleton_of(config).shapes
-    params = {path: draw(i, path, leaf) for i, (path, leaf) in enumerate(shapes.items(), 3)}
+    return (
+        {path: parameter(i, path, leaf) for i, (path, leaf) in enumerate(shapes.items(), 3)},
+        h,
+        above,
+    )
+
+
+def prepare(config: TrainConfig, seed: int = 0) -> tuple[TrainState, jax.Array, jax.Array]:
+    """`draw` with a fresh optimizer."""
+    params, h, above = draw(config, seed)
     return new_state(config, params, make_optimizer(config)), h, above
 
 
@@ -227,6 +238,20 @@ def shares(kernels: Mapping[str, float]) -> dict[str, float]:
     return {op: round(ms, 3) for op, ms in sorted(found.items(), key=lambda item: -item[1])}
 
 
+def keep_profile(folder: Path, case: Case, run: Sequence[tuple[str, float]], program: Any) -> None:
+    """Writes `CASE.txt`, a line a kernel (ms, launches, name), and `CASE.hlo.gz`, the program."""
+    folder.mkdir(parents=True, exist_ok=True)
+    launches = collections.Counter(name for name, _ in run)
+    total: dict[str, float] = {}
+    for name, ms in run:
+        total[name] = total.get(name, 0.0) + ms
+    lines = [f"{ms:9.3f} {launches[name]:5d} {name}" for name, ms in total.items()]
+    stem = case.name.replace(" ", "_")
+    (folder / f"{stem}.txt").write_text("\n".join(sorted(lines, reverse=True)) + "\n")
+    with gzip.open(folder / f"{stem}.hlo.gz", "wt") as file:
+        file.write(program.as_text())
+
+
 class _Steps(jax.stages.Wrapped):
     """The compiled step, called again and again on the state it leaves, each call timed."""
 
@@ -248,7 +273,9 @@ class _Steps(jax.stages.Wrapped):
         raise NotImplementedError
 
 
-def measure(case: Case, make: Callable, compiled: Any, repeats: int = 2) -> dict[str, Any]:
+def measure(
+    case: Case, make: Callable, compiled: Any, repeats: int = 2, profile: Path | None = None
+) -> dict[str, Any]:
     """Time of a step on the host's clock, and of its kernels by CUPTI.
 
     Args:
@@ -257,6 +284,7 @@ def measure(case: Case, make: Callable, compiled: Any, repeats: int = 2) -> dict
         compiled: its step.
         repeats: steps whose median counts, after one that loads the program; the first of them is
             profiled.
+        profile: a folder for every kernel's time, and the program in which its name is found.
     """
     state, h, above = make()
     steps = _Steps(compiled, jax.block_until_ready(state))
@@ -268,6 +296,8 @@ def measure(case: Case, make: Callable, compiled: Any, repeats: int = 2) -> dict
     kernels: dict[str, float] = {}
     for name, ms in run:
         kernels[name] = kernels.get(name, 0.0) + ms
+    if profile is not None:
+        keep_profile(profile, case, run, compiled)
     for _ in range(repeats - 1):
         steps(h, above)
     seconds = statistics.median(steps.seconds[1:])
@@ -310,32 +340,36 @@ def check(tokens: int, model: ModelConfig, pool: Executor) -> Callable[[], dict[
     """
     config = train_config(Case(Stage.SPARSE, tokens), model)
     run = functools.partial(gradients, config, skeleton_of(config))
-    state, h, above = jax.eval_shape(functools.partial(prepare, config, 1))
+    inputs = functools.partial(draw, config, 1)
+    params, h, above = jax.eval_shape(inputs)
     topk = min(config.model.index_topk or 0, tokens)
     keys = Selection(jax.ShapeDtypeStruct((1, tokens, topk), jnp.int32))  # pyright: ignore[reportArgumentType]
     with dispatch.kernels(True):
-        ours = pool.submit(compile_, jax.jit(lambda *x: run(*x)).lower(state.params, h, above))
+        ours = pool.submit(compile_, jax.jit(lambda *x: run(*x)).lower(params, h, above))
     with dispatch.kernels(False):
-        lowered = jax.jit(lambda *x: run(*x)).lower(state.params, h, above, keys)
+        lowered = jax.jit(lambda *x: run(*x)).lower(params, h, above, keys)
         theirs = pool.submit(compile_, lowered)
 
     def finish() -> dict[str, Any]:
-        state, h, above = jax.jit(functools.partial(prepare, config, 1))()
-        found, outcome = ours.result()(state.params, h, above)
-        wanted, reference = theirs.result()(state.params, h, above, outcome.selection)
-        compare = jax.jit(differences)
-        errors = jax.device_get(compare(found, wanted, h, above, outcome, reference))
-        return checked_row(tokens, topk, errors, (outcome, reference))
+        params, h, above = jax.jit(inputs)()
+        found, outcome = ours.result()(params, h, above)
+        _say(f"check {tokens}: by kernels, KL {outcome.kl}")
+        wanted, reference = theirs.result()(params, h, above, outcome.selection)
+        _say(f"check {tokens}: by XLA, KL {reference.kl}")
+        errors = differences(found, wanted, h, above, outcome, reference)
+        return checked_row(tokens, config.model, errors, (outcome, reference))
 
     return finish
 
 
-def checked_row(tokens: int, topk: int, errors: Any, outcomes: Any) -> dict[str, Any]:
+def checked_row(tokens: int, model: ModelConfig, errors: Any, outcomes: Any) -> dict[str, Any]:
     """The check as a row of the results."""
     return {
         "op": "layer_check",
         "keys": tokens,
-        "topk": topk,
+        "topk": min(model.index_topk or 0, tokens),
+        "groups": model.n_routed_experts,
+        "experts_of_a_token": model.num_experts_per_tok,
         "bound": BOUND,
         "within": bool(max(errors.values()) <= BOUND),
         "errors": {name: float(f"{error:.2e}") for name, error in errors.items()},
@@ -343,7 +377,15 @@ def checked_row(tokens: int, topk: int, errors: Any, outcomes: Any) -> dict[str,
     }
 
 
-def differences(found: Params, wanted: Params, *layers: Any) -> dict[str, jax.Array]:
+@jax.jit
+def _squares(a: jax.Array, b: jax.Array, passed: jax.Array | float) -> jax.Array:
+    """Sums of squares of a - b and of b, less what passed through."""
+    wide = (jnp.float32(x) for x in (a, b, passed))
+    a, b, passed = wide
+    return jnp.stack([jnp.sum((a - b) ** 2), jnp.sum((b - passed) ** 2)])
+
+
+def differences(found: Params, wanted: Params, *layers: Any) -> dict[str, float]:
     """Relative difference of each group's gradient, of the layer's update and of what it sends
     down; what merely passes through the layer is left out of both.
 
@@ -353,16 +395,13 @@ def differences(found: Params, wanted: Params, *layers: Any) -> dict[str, jax.Ar
         layers: the layer's input, the gradient from above, both outcomes.
     """
     h, above, ours, theirs = layers
-    pairs = [(group(path), found[path], wanted[path]) for path in found if "stacks/" in path]
-    pairs.append(("output", ours.hidden - h, theirs.hidden - h))
-    pairs.append(("input", ours.below - above, theirs.below - above))
-    sums: dict[str, list[jax.Array]] = {}
-    for name, a, b in pairs:
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        both = sums.setdefault(name, [jnp.float32(0), jnp.float32(0)])
-        both[0] += jnp.sum((a - b) ** 2)
-        both[1] += jnp.sum(b**2)
-    return {name: jnp.sqrt(part / whole) for name, (part, whole) in sums.items()}
+    pairs = [(group(path), found[path], wanted[path], 0.0) for path in found if "stacks/" in path]
+    pairs.append(("output", ours.hidden, theirs.hidden, h))
+    pairs.append(("input", ours.below, theirs.below, above))
+    sums: dict[str, Any] = {}
+    for name, *pair in pairs:  # one after the other: all at once would not fit
+        sums[name] = sums.get(name, 0.0) + jax.device_get(_squares(*pair))
+    return {name: float((part / whole) ** 0.5) for name, (part, whole) in sums.items()}
 
 
 def _say(text: str) -> None:
@@ -376,9 +415,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=names, default=names, metavar="CASE")
     parser.add_argument("--check", type=int, default=4096, help="tokens of the check; 0: none")
     parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--experts-of-a-token", type=int, default=8)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER")
     options = parser.parse_args()
-    model = layer_config(options.experts)
+    model = layer_config(options.experts, num_experts_per_tok=options.experts_of_a_token)
     results = Results(options.json)
     results.runs.append({"environment": environment()})
     print(json.dumps(results.runs[-1]), flush=True)
@@ -404,7 +445,7 @@ def main() -> None:
             row |= {"implementations": chosen, **memory(program.result())}
             _say(f"{case.name} compiled: {memory(program.result())}")
             make = jax.jit(functools.partial(prepare, config))
-            add(row | measure(case, make, program.result()))
+            add(row | measure(case, make, program.result(), profile=options.profile))
 
 
 if __name__ == "__main__":

@@ -32,10 +32,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks.ops import Results
-from benchmarks.timing import environment
+from benchmarks.timing import environment, exclusive
 from dsa_jax import presets
 from dsa_jax.config import ModelConfig, Numerics
 from dsa_jax.mla import Mode
@@ -153,7 +154,9 @@ def gradients(
         out = block(h, rows, mode, jnp.int32(0))
         total = jnp.float32(0)
         if stage.lm_loss:
-            total += jnp.sum(out.h * above, dtype=jnp.float32)
+            # Only once the layer has run, or what it makes of the gradient would be computed first.
+            _, late = lax.optimization_barrier((out.h, above))
+            total += jnp.sum(out.h * late, dtype=jnp.float32)
         if out.kl is not None:
             total += out.kl
         return total, (out.h, out.kl, out.selection)
@@ -418,6 +421,7 @@ def main() -> None:
     parser.add_argument("--experts-of-a-token", type=int, default=8)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--profile", type=Path, metavar="FOLDER")
+    parser.add_argument("--lock", type=Path, metavar="FILE", help="of all processes on the GPU")
     options = parser.parse_args()
     model = layer_config(options.experts, num_experts_per_tok=options.experts_of_a_token)
     results = Results(options.json)
@@ -439,13 +443,15 @@ def main() -> None:
             compiled.append((pool.submit(compile_, lowered), chosen))
         checked = check(options.check, model, pool) if options.check else None
         if checked is not None:
-            add(checked())
+            with exclusive(options.lock):
+                add(checked())
         for case, config, (program, chosen) in zip(cases, configs, compiled, strict=True):
             row = {"op": "layer_step", "kind": case.name, "keys": case.tokens}
             row |= {"implementations": chosen, **memory(program.result())}
             _say(f"{case.name} compiled: {memory(program.result())}")
             make = jax.jit(functools.partial(prepare, config))
-            add(row | measure(case, make, program.result(), profile=options.profile))
+            with exclusive(options.lock):
+                add(row | measure(case, make, program.result(), profile=options.profile))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from dsa_jax.config import ModelConfig, Numerics
 from dsa_jax.mla import Mode
 from pallas_kernels import Selection, dispatch
 from train.config import TrainConfig
+from train.flops import step_work
 from train.optimizer import make_optimizer
 from train.stages import Group, Stage, group_of, split
 from train.state import Params, Skeleton, TrainState, new_state, skeleton_of
@@ -224,6 +225,12 @@ def compile_(lowered: Any) -> Any:
     return lowered.compile({"xla_gpu_enable_triton_gemm": False})
 
 
+def needed(config: TrainConfig) -> dict[str, float]:
+    """TFLOP of a step that the model needs, by part; the head is not part of the layer."""
+    parts = {part.name: part.forward + part.backward for part in step_work(config)}
+    return {name: round(flop / 1e12, 2) for name, flop in parts.items() if name != "head"}
+
+
 def memory(compiled: Any) -> dict[str, float]:
     """What the compiled program needs, GiB."""
     found = compiled.memory_analysis()
@@ -277,19 +284,20 @@ class _Steps(jax.stages.Wrapped):
 
 
 def measure(
-    case: Case, make: Callable, compiled: Any, repeats: int = 2, profile: Path | None = None
+    case: Case, config: TrainConfig, compiled: Any, repeats: int = 2, profile: Path | None = None
 ) -> dict[str, Any]:
     """Time of a step on the host's clock, and of its kernels by CUPTI.
 
     Args:
         case: what is measured.
-        make: `prepare` of its config, compiled.
+        config: of it.
         compiled: its step.
         repeats: steps whose median counts, after one that loads the program; the first of them is
             profiled.
         profile: a folder for every kernel's time, and the program in which its name is found.
     """
-    state, h, above = make()
+    work = needed(config)
+    state, h, above = jax.jit(functools.partial(prepare, config))()
     steps = _Steps(compiled, jax.block_until_ready(state))
     del state
     _say(f"{case.name} has its weights")
@@ -312,7 +320,9 @@ def measure(
     return {
         "ms": round(1e3 * seconds, 2),
         "tokens_per_second": round(case.tokens / seconds),
+        "tflops": round(sum(work.values()) / seconds, 1),
         "device_ms": round(sum(kernels.values()), 2),
+        "needed_tflop": work,
         "ops_ms": shares(kernels),
         "rest_ms": {name[:48]: round(ms, 2) for ms, name in rest[:6]},
         "peak_gib_of_process": round(stats.get("peak_bytes_in_use", 0) / 2**30, 2),
@@ -449,9 +459,8 @@ def main() -> None:
             row = {"op": "layer_step", "kind": case.name, "keys": case.tokens}
             row |= {"implementations": chosen, **memory(program.result())}
             _say(f"{case.name} compiled: {memory(program.result())}")
-            make = jax.jit(functools.partial(prepare, config))
             with exclusive(options.lock):
-                add(row | measure(case, make, program.result(), profile=options.profile))
+                add(row | measure(case, config, program.result(), profile=options.profile))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One real-shaped layer through a whole training step on a GPU, by kernels, by XLA, and dense.
 
-    python -m benchmarks.layer_step --json FILE
+    python -m benchmarks.layer_step --cases "sparse 32768" --json FILE
 
 The layer is DeepSeek-V3.2-Exp's: 7168 wide, 128 heads, latents of 1536 and 512 + 64, 64 indexer
 heads of 128, 2048 selected keys; 16 experts, of which a token takes 8, and a shared one; bf16 with
@@ -9,8 +9,8 @@ and gradient of the indexer's KL, and the indexer's update. A *sparse* step adds
 for a gradient that arrives from above, down to the layer's input, and updates everything; a
 *dense* step is the same without an indexer: what pre-training would do.
 
-Time is device time by CUPTI; peak memory is the device's own count. The check runs one step by
-kernels and by XLA on the same numbers and the same selected keys, and compares every gradient.
+Time is device time by CUPTI; peak memory is the device's own count. `benchmarks.layer_check`
+compares the gradients of kernels and XLA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ from pallas_kernels import Selection, dispatch
 from train.config import TrainConfig
 from train.flops import step_work
 from train.optimizer import make_optimizer
-from train.stages import Group, Stage, group_of, split
+from train.stages import Stage, split
 from train.state import Params, Skeleton, TrainState, new_state, skeleton_of
 
 # Names of kernels, in the order in which they are looked for, and whose time they are.
@@ -300,7 +300,7 @@ def measure(
     state, h, above = jax.jit(functools.partial(prepare, config))()
     steps = _Steps(compiled, jax.block_until_ready(state))
     del state
-    _say(f"{case.name} has its weights")
+    say(f"{case.name} has its weights")
     _, run = profiler.measure(steps, aggregate=False)(h, above)
     if run is None:
         raise RuntimeError("CUPTI saw no kernel: layer_step needs an NVIDIA GPU")
@@ -329,95 +329,8 @@ def measure(
     }
 
 
-# --- kernels against XLA --------------------------------------------------------------------------
-
-BOUND = 2e-2
-"""Largest relative difference (Frobenius norms) of any gradient between kernels and XLA. Both round
-each result of an op to bf16 (2**-9 of its value), at other places; the ops' own errors to fp32 are
-2e-3 to 3e-3, and a gradient passes some ten of them."""
-
-
-def group(path: str) -> str:
-    """The group of parameters whose gradient is compared as one."""
-    if group_of(path) is Group.INDEXER:
-        return "indexer"
-    names = path.split("/")
-    return "experts" if "mlp" in names else "attention" if "self_attn" in names else "norms"
-
-
-def check(tokens: int, model: ModelConfig, pool: Executor) -> Callable[[], dict[str, Any]]:
-    """Gradients of one sparse step by kernels and by XLA on the same numbers and keys.
-
-    Returns:
-        What runs it, once its two programs are compiled in `pool`.
-    """
-    config = train_config(Case(Stage.SPARSE, tokens), model)
-    run = functools.partial(gradients, config, skeleton_of(config))
-    inputs = functools.partial(draw, config, 1)
-    params, h, above = jax.eval_shape(inputs)
-    topk = min(config.model.index_topk or 0, tokens)
-    keys = Selection(jax.ShapeDtypeStruct((1, tokens, topk), jnp.int32))  # pyright: ignore[reportArgumentType]
-    with dispatch.kernels(True):
-        ours = pool.submit(compile_, jax.jit(lambda *x: run(*x)).lower(params, h, above))
-    with dispatch.kernels(False):
-        lowered = jax.jit(lambda *x: run(*x)).lower(params, h, above, keys)
-        theirs = pool.submit(compile_, lowered)
-
-    def finish() -> dict[str, Any]:
-        params, h, above = jax.jit(inputs)()
-        found, outcome = ours.result()(params, h, above)
-        _say(f"check {tokens}: by kernels, KL {outcome.kl}")
-        wanted, reference = theirs.result()(params, h, above, outcome.selection)
-        _say(f"check {tokens}: by XLA, KL {reference.kl}")
-        errors = differences(found, wanted, h, above, outcome, reference)
-        return checked_row(tokens, config.model, errors, (outcome, reference))
-
-    return finish
-
-
-def checked_row(tokens: int, model: ModelConfig, errors: Any, outcomes: Any) -> dict[str, Any]:
-    """The check as a row of the results."""
-    return {
-        "op": "layer_check",
-        "keys": tokens,
-        "topk": min(model.index_topk or 0, tokens),
-        "groups": model.n_routed_experts,
-        "experts_of_a_token": model.num_experts_per_tok,
-        "bound": BOUND,
-        "within": bool(max(errors.values()) <= BOUND),
-        "errors": {name: float(f"{error:.2e}") for name, error in errors.items()},
-        "kl": [round(float(x.kl), 6) for x in outcomes],
-    }
-
-
-@jax.jit
-def _squares(a: jax.Array, b: jax.Array, passed: jax.Array | float) -> jax.Array:
-    """Sums of squares of a - b and of b, less what passed through."""
-    wide = (jnp.float32(x) for x in (a, b, passed))
-    a, b, passed = wide
-    return jnp.stack([jnp.sum((a - b) ** 2), jnp.sum((b - passed) ** 2)])
-
-
-def differences(found: Params, wanted: Params, *layers: Any) -> dict[str, float]:
-    """Relative difference of each group's gradient, of the layer's update and of what it sends
-    down; what merely passes through the layer is left out of both.
-
-    Args:
-        found: gradients by kernels.
-        wanted: gradients by XLA.
-        layers: the layer's input, the gradient from above, both outcomes.
-    """
-    h, above, ours, theirs = layers
-    pairs = [(group(path), found[path], wanted[path], 0.0) for path in found if "stacks/" in path]
-    pairs.append(("output", ours.hidden, theirs.hidden, h))
-    pairs.append(("input", ours.below, theirs.below, above))
-    sums: dict[str, Any] = {}
-    for name, *pair in pairs:  # one after the other: all at once would not fit
-        sums[name] = sums.get(name, 0.0) + jax.device_get(_squares(*pair))
-    return {name: float((part / whole) ** 0.5) for name, (part, whole) in sums.items()}
-
-
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """To stderr: results go to stdout."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -426,14 +339,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = [case.name for case in CASES]
     parser.add_argument("--cases", nargs="*", choices=names, default=names, metavar="CASE")
-    parser.add_argument("--check", type=int, default=4096, help="tokens of the check; 0: none")
     parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--experts-of-a-token", type=int, default=8)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--profile", type=Path, metavar="FOLDER")
     parser.add_argument("--lock", type=Path, metavar="FILE", help="of all processes on the GPU")
     options = parser.parse_args()
-    model = layer_config(options.experts, num_experts_per_tok=options.experts_of_a_token)
+    model = layer_config(options.experts)
     results = Results(options.json)
     results.runs.append({"environment": environment()})
     print(json.dumps(results.runs[-1]), flush=True)
@@ -449,16 +360,12 @@ def main() -> None:
         compiled = []
         for case, config in zip(cases, configs, strict=True):
             lowered, chosen = lower(case, config)
-            _say(f"{case.name} lowered")
+            say(f"{case.name} lowered")
             compiled.append((pool.submit(compile_, lowered), chosen))
-        checked = check(options.check, model, pool) if options.check else None
-        if checked is not None:
-            with exclusive(options.lock):
-                add(checked())
         for case, config, (program, chosen) in zip(cases, configs, compiled, strict=True):
             row = {"op": "layer_step", "kind": case.name, "keys": case.tokens}
             row |= {"implementations": chosen, **memory(program.result())}
-            _say(f"{case.name} compiled: {memory(program.result())}")
+            say(f"{case.name} compiled: {memory(program.result())}")
             with exclusive(options.lock):
                 add(row | measure(case, config, program.result(), profile=options.profile))
 

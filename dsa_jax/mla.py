@@ -117,12 +117,16 @@ def absorb_query(
 ) -> Float[Array, "B T N C+R"]:
     """Moves the keys' up-projection to the query's side: q . (W_UK c) = (W_UK^T q) . c.
 
-    The rotary part comes along through an identity beside W_UK^T, unchanged: as wide as the heads
-    of all tokens are, putting it there in a pass of its own takes longer than the product.
+    In bf16 the rotary part comes along through an identity beside W_UK^T, unchanged: as wide as the
+    heads of all tokens are, putting it there in a pass of its own takes longer than the product.
+    In fp32 it may not: a GPU rounds what it multiplies (TF32).
     """
-    R = q.shape[-1] - w_uk.shape[-1]
+    C, _, P = w_uk.shape
+    R = q.shape[-1] - P
+    if q.dtype != jnp.bfloat16:
+        nope, rope = q[..., :P], q[..., P:]
+        return jnp.concatenate([jnp.einsum("BTNP,CNP->BTNC", nope, w_uk), rope], axis=-1)
     up = jnp.pad(jnp.moveaxis(w_uk, 0, -1), ((0, 0), (0, R), (0, R)))
-    P, C = w_uk.shape[-1], w_uk.shape[0]
     return by_head(q, up.at[:, P:, C:].set(jnp.eye(R, dtype=up.dtype)), rules)
 
 

@@ -27,6 +27,25 @@ def test_absorbed_scores_are_the_expanded_ones():
     np.testing.assert_allclose(v, jnp.einsum("BSC,CNV->BSNV", kv[..., :6], up[..., 5:]), atol=1e-5)
 
 
+def test_absorbing_in_bf16_leaves_the_rotary_part_as_it_is():
+    q, up = normal(2, 3, 2, 5 + 4), normal(6, 2, 5, seed=1)
+    low = q.astype(jnp.bfloat16), up.astype(jnp.bfloat16)
+    wide = [x.astype(jnp.float32) for x in low]
+
+    @jit
+    def run(q, up):
+        out, pull = jax.vjp(lambda q, up: absorb_query(q, up, Rules()), q, up)
+        return out, *pull(out)
+
+    found, wanted = run(*low), run(*wide)
+    np.testing.assert_array_equal(found[0][..., 6:], low[0][..., 5:])
+    np.testing.assert_array_equal(found[1][..., 5:], low[0][..., 5:])
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == jnp.bfloat16
+        # Sums of up to six products in fp32, rounded once or, in the gradients, twice.
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2**-7 * float(abs(b).max()))
+
+
 def test_masked_attention_over_a_range_is_dense_attention():
     q, k, v = normal(2, 70, 3, 8), normal(2, 70, 3, 8, seed=1), normal(2, 70, 3, 5, seed=2)
     ranges = KeyRange.packed(jnp.asarray(np.repeat([[1, 2, 0], [4, 4, 5]], [30, 30, 10], axis=1)))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import gzip
@@ -36,7 +37,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks.ops import Results
-from benchmarks.timing import environment, exclusive
+from benchmarks.timing import environment, wait_for
 from dsa_jax import presets
 from dsa_jax.config import ModelConfig, Numerics
 from dsa_jax.mla import Mode
@@ -362,12 +363,13 @@ def main() -> None:
             lowered, chosen = lower(case, config)
             say(f"{case.name} lowered")
             compiled.append((pool.submit(compile_, lowered), chosen))
+        concurrent.futures.wait([program for program, _ in compiled])
         for case, config, (program, chosen) in zip(cases, configs, compiled, strict=True):
             row = {"op": "layer_step", "kind": case.name, "keys": case.tokens}
             row |= {"implementations": chosen, **memory(program.result())}
             say(f"{case.name} compiled: {memory(program.result())}")
-            with exclusive(options.lock):
-                add(row | measure(case, config, program.result(), profile=options.profile))
+            wait_for(options.lock)
+            add(row | measure(case, config, program.result(), profile=options.profile))
 
 
 if __name__ == "__main__":

@@ -48,9 +48,7 @@ def leaf(path: str) -> str:
     return "/".join(names[names.index("blocks") + 2 :]).removesuffix("/weight")
 
 
-def check(
-    tokens: int, model: ModelConfig, pool: Executor
-) -> Callable[[Path | None], dict[str, Any]]:
+def check(tokens: int, model: ModelConfig, pool: Executor) -> Callable[..., dict[str, Any]]:
     """Gradients of one sparse step by kernels and by XLA on the same numbers and keys.
 
     Returns:
@@ -148,7 +146,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--lock", type=Path, metavar="FILE", help="of all processes on the GPU")
     options = parser.parse_args()
-    model = layer_config(options.experts, num_experts_per_tok=options.experts_of_a_token)
+    model = layer_config(options.experts, options.experts_of_a_token)
     results = Results(options.json)
     results.runs.append({"environment": environment()})
     with ThreadPoolExecutor() as pool:

@@ -83,6 +83,15 @@ def test_xla_attends_to_the_keys_of_the_kernels(monkeypatch):
     assert xla.indices.shape == (1, 64, MODEL.index_topk)
 
 
+def test_what_passes_through_the_layer_does_not_count():
+    h, above = jnp.full((1, 4, 8), 64.0), jnp.full((1, 4, 8), 32.0)
+    ours = layer_step.Outcome(h + 1.125, above + 2, None, None)
+    theirs = layer_step.Outcome(h + 1, above + 1, None, None)
+    weight = {"stacks/0/blocks/0/self_attn/o_proj/weight": jnp.ones((2, 2))}
+    found = layer_check.differences(weight, weight, h, above, ours, theirs)
+    assert found == {"self_attn/o_proj": 0, "output": 0.125, "input": 1}
+
+
 def test_tokens_that_differ_are_counted():
     h, wanted = jnp.zeros((1, 4, 8)), jnp.ones((1, 4, 8))
     found = wanted.at[0, 2].set(1.5)

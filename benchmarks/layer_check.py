@@ -3,8 +3,10 @@
     python -m benchmarks.layer_check --tokens 8192 --json FILE
 
 The layer of `benchmarks.layer_step`; both sides get the same numbers, and XLA the keys that the
-kernels selected. XLA multiplies every row with every expert in memory, tokens x experts of a token
-x experts x 14 KB: beyond 8K tokens take fewer experts.
+kernels selected. What is left of choices are the experts: a few tokens score two of them all but
+the same, and rounding decides. Those are counted, and in a second run get no gradient from above,
+so that what is compared is arithmetic. XLA multiplies every row with every expert in memory, tokens
+x experts of a token x experts x 14 KB: beyond 8K tokens take fewer experts.
 """
 
 from __future__ import annotations
@@ -36,10 +38,17 @@ from pallas_kernels import Selection, dispatch
 from train.stages import Stage
 from train.state import Params, skeleton_of
 
-BOUND = 2e-2
+BOUND = 1e-2
 """Largest relative difference (Frobenius norms) of any gradient between kernels and XLA. Both round
 each result of an op to bf16 (2**-9 of its value), at other places; the ops' own errors to fp32 are
 2e-3 to 3e-3, and a gradient passes some ten of them."""
+
+MOVED = 5e-2
+"""From what difference of its update on a token counts as one that went to another expert: one of
+eight replaced makes 0.2, rounding 0.005."""
+
+MOST_MOVED = 1 / 200
+"""Share of the tokens that may."""
 
 
 def leaf(path: str) -> str:
@@ -70,21 +79,30 @@ def check(tokens: int, model: ModelConfig, pool: Executor) -> Callable[..., dict
         programs = ours.result(), theirs.result()
         wait_for(lock)
         params, h, above = jax.jit(inputs)()
-        found, outcome = programs[0](params, h, above)
-        say(f"check {tokens}: by kernels, KL {outcome.kl}")
-        wanted, reference = programs[1](params, h, above, outcome.selection)
-        say(f"check {tokens}: by XLA, KL {reference.kl}")
-        errors = differences(found, wanted, h, above, outcome, reference)
-        rows = by_token(outcome.hidden, reference.hidden, h)
-        return checked_row(tokens, config.model, errors, rows, (outcome, reference))
+
+        def both(above: jax.Array) -> tuple[Any, Any]:
+            found, outcome = programs[0](params, h, above)
+            say(f"check {tokens}: by kernels, KL {outcome.kl}")
+            wanted, reference = programs[1](params, h, above, outcome.selection)
+            say(f"check {tokens}: by XLA, KL {reference.kl}")
+            return (found, wanted), (outcome, reference)
+
+        _, outcomes = both(above)
+        moved = by_token(*(x.hidden for x in outcomes), h) > MOVED
+        del outcomes
+        above = jnp.where(moved[..., None], jnp.zeros_like(above), above)
+        found, outcomes = both(above)
+        errors = differences(*found, h, above, moved, *outcomes)
+        return checked_row(tokens, config.model, errors, moved, outcomes)
 
     return finish
 
 
 def checked_row(
-    tokens: int, model: ModelConfig, errors: Any, rows: Any, outcomes: Any
+    tokens: int, model: ModelConfig, errors: Any, moved: jax.Array, outcomes: Any
 ) -> dict[str, Any]:
     """The check as a row of the results."""
+    good = all(error <= BOUND for error in errors.values())
     return {
         "op": "layer_check",
         "keys": tokens,
@@ -92,21 +110,16 @@ def checked_row(
         "groups": model.n_routed_experts,
         "experts_of_a_token": model.num_experts_per_tok,
         "bound": BOUND,
-        "within": all(error <= BOUND for error in errors.values()),
+        "within": good and int(moved.sum()) <= MOST_MOVED * moved.size,
         "errors": {name: float(f"{error:.2e}") for name, error in errors.items()},
-        "tokens_beyond_bound": int((rows > BOUND).sum()),
-        "median_token": float(f"{jnp.median(rows):.2e}"),
+        "tokens_moved": int(moved.sum()),
         "kl": [round(float(x.kl), 6) for x in outcomes],
     }
 
 
 @jax.jit
 def by_token(found: jax.Array, wanted: jax.Array, passed: jax.Array) -> jax.Array:
-    """Relative difference of each token's update.
-
-    A token whose eighth and ninth expert score all but the same may be given another one; most of
-    the difference is such tokens.
-    """
+    """Relative difference of each token's update."""
     error, whole = jnp.square(found - wanted), jnp.square(wanted - passed)
     return jnp.sqrt(error.sum(axis=-1) / whole.sum(axis=-1))
 
@@ -126,11 +139,13 @@ def differences(found: Params, wanted: Params, *layers: Any) -> dict[str, float]
     Args:
         found: gradients by kernels.
         wanted: gradients by XLA.
-        layers: the layer's input, the gradient from above, both outcomes.
+        layers: the layer's input, the gradient from above, which tokens do not count in the
+            update, both outcomes.
     """
-    h, above, ours, theirs = layers
+    h, above, moved, ours, theirs = layers
     pairs = {leaf(p): (found[p], wanted[p], 0.0) for p in found if "blocks/" in p}
-    pairs["output"] = ours.hidden, theirs.hidden, h
+    found_hidden, hidden = (jnp.where(moved[..., None], h, x.hidden) for x in (ours, theirs))
+    pairs["output"] = found_hidden, hidden, h
     pairs["input"] = ours.below, theirs.below, above
     # One after the other: all at once would not fit.
     sums = {name: jax.device_get(_squares(*pair)) for name, pair in pairs.items()}

@@ -88,8 +88,21 @@ def test_what_passes_through_the_layer_does_not_count():
     ours = layer_step.Outcome(h + 1.125, above + 2, None, None)
     theirs = layer_step.Outcome(h + 1, above + 1, None, None)
     weight = {"stacks/0/blocks/0/self_attn/o_proj/weight": jnp.ones((2, 2))}
-    found = layer_check.differences(weight, weight, h, above, ours, theirs)
+    moved = jnp.zeros((1, 4), bool)
+    found = layer_check.differences(weight, weight, h, above, moved, ours, theirs)
     assert found == {"self_attn/o_proj": 0, "output": 0.125, "input": 1}
+    ours = ours._replace(hidden=ours.hidden.at[0, 2].set(9.0))
+    moved = moved.at[0, 2].set(True)
+    again = layer_check.differences(weight, weight, h, above, moved, ours, theirs)
+    assert again == found
+
+
+def test_many_tokens_that_moved_are_too_many():
+    outcomes = [layer_step.Outcome(jnp.zeros(1), None, jnp.float32(0.5), None)] * 2
+    moved = jnp.arange(1000)[None] < 5
+    row = lambda moved: layer_check.checked_row(1000, MODEL, {"x": 0.0}, moved, outcomes)  # noqa: E731
+    assert row(moved)["within"]
+    assert not row(moved.at[0, 5].set(True))["within"]
 
 
 def test_tokens_that_differ_are_counted():

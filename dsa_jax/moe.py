@@ -214,6 +214,50 @@ def dispatch(routing: Routing, experts: int) -> Rows:
     return Rows(order // k, row.reshape(tokens, k), group_sizes)
 
 
+@jax.custom_vjp
+def copies(x: Float[Array, "M D"], rows: Rows) -> Float[Array, "M*k D"]:
+    """Each token once for each of its experts, sorted by expert.
+
+    Autodiff would scatter the copies' gradients back with atomic additions, in no fixed order; the
+    copies of a token are known, so its gradient is a sum over them, taken in fp32.
+    """
+    return x[rows.token]
+
+
+def _copies_forward(x, rows):
+    return copies(x, rows), rows
+
+
+def _copies_backward(rows, g):
+    return g[rows.row].astype(jnp.float32).sum(axis=1).astype(g.dtype), None
+
+
+copies.defvjp(_copies_forward, _copies_backward)
+
+
+@jax.custom_vjp
+def combine(
+    y: Float[Array, "M*k D"], weights: Float32[Array, "M k"], rows: Rows
+) -> Float32[Array, "M D"]:
+    """`sum_j weights_j y_j` over a token's copies; its gradient is gathered, too."""
+    return (y[rows.row].astype(jnp.float32) * weights[..., None]).sum(axis=1)
+
+
+def _combine_forward(y, weights, rows):
+    return combine(y, weights, rows), (y, weights, rows)
+
+
+def _combine_backward(residuals, g):
+    y, weights, rows = residuals
+    flat = vary_like(jnp.zeros(rows.token.shape, weights.dtype), weights)
+    by_row = flat.at[rows.row.reshape(-1)].set(weights.reshape(-1), unique_indices=True)
+    dy = (g[rows.token] * by_row[:, None]).astype(y.dtype)
+    return dy, (y[rows.row].astype(jnp.float32) * g[:, None]).sum(axis=-1), None
+
+
+combine.defvjp(_combine_forward, _combine_backward)
+
+
 class MoE(nnx.Module):
     """Routed experts and the shared one."""
 
@@ -276,8 +320,8 @@ class MoE(nnx.Module):
             if dealt:
                 out = expert_parallel.routed(_apply, experts, flat, rows, routing.weights, dealt)
             else:
-                out = experts(flat[rows.token], rows.group_sizes)[rows.row].astype(jnp.float32)
-                out = (out * routing.weights[..., None]).sum(axis=1)
+                y = experts(copies(flat, rows), rows.group_sizes)
+                out = combine(y, vary_like(routing.weights, y), rows)
             if split:
                 out = lax.psum(out, split)
             if self.config.numerics.round_experts:

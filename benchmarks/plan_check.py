@@ -172,6 +172,7 @@ def measure(case: Case, gpu: GpuName, program: Path | None, profile: bool) -> di
     # Before the profiler, which holds memory of its own.
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     memory = step.compiled.memory_analysis()
+    assert memory is not None
     found = {
         "gpu": jax.devices()[0].device_kind,
         "jax": jax.__version__,

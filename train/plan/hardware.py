@@ -81,8 +81,10 @@ class Rates:
     sparse_attention: float = 550.0
     # Sparse attention, gradient.
     sparse_attention_gradient: float = 260.0
-    # The indexer's scores and their top-k in e4m3, a causal sequence at 128K. In bf16 half of it.
+    # The indexer's scores and their top-k in e4m3, a causal sequence at 128K.
     indexer: float = 1000.0
+    # The same in bf16.
+    indexer_bf16: float = 500.0
     # The warm-up loss, value and gradient.
     kl_dense: float = 440.0
     # The sparse stage's loss, value and gradient.

@@ -1,6 +1,6 @@
 """One real-shaped layer through a whole training step on a GPU, by kernels, by XLA, and dense.
 
-    python -m benchmarks.layer_step --json FILE
+    python -m benchmarks.layer_step --cases "sparse 32768" --json FILE
 
 The layer is DeepSeek-V3.2-Exp's: 7168 wide, 128 heads, latents of 1536 and 512 + 64, 64 indexer
 heads of 128, 2048 selected keys; 16 experts, of which a token takes 8, and a shared one; bf16 with
@@ -9,38 +9,42 @@ and gradient of the indexer's KL, and the indexer's update. A *sparse* step adds
 for a gradient that arrives from above, down to the layer's input, and updates everything; a
 *dense* step is the same without an indexer: what pre-training would do.
 
-Time is device time by CUPTI; peak memory is the device's own count. The check runs one step by
-kernels and by XLA on the same numbers and the same selected keys, and compares every gradient.
+Time is device time by CUPTI; peak memory is the device's own count. `benchmarks.layer_check`
+compares the gradients of kernels and XLA.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
+import gzip
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks.ops import Results
-from benchmarks.timing import environment
+from benchmarks.timing import environment, exclusive
 from dsa_jax import presets
 from dsa_jax.config import ModelConfig, Numerics
 from dsa_jax.mla import Mode
 from pallas_kernels import Selection, dispatch
 from train.config import TrainConfig
+from train.flops import step_work
 from train.optimizer import make_optimizer
-from train.stages import Group, Stage, group_of, split
+from train.stages import Stage, split
 from train.state import Params, Skeleton, TrainState, new_state, skeleton_of
 
 # Names of kernels, in the order in which they are looked for, and whose time they are.
@@ -151,7 +155,9 @@ def gradients(
         out = block(h, rows, mode, jnp.int32(0))
         total = jnp.float32(0)
         if stage.lm_loss:
-            total += jnp.sum(out.h * above, dtype=jnp.float32)
+            # Only once the layer has run, or what it makes of the gradient would be computed first.
+            _, late = lax.optimization_barrier((out.h, above))
+            total += jnp.sum(out.h * late, dtype=jnp.float32)
         if out.kl is not None:
             total += out.kl
         return total, (out.h, out.kl, out.selection)
@@ -175,22 +181,31 @@ def make_step(config: TrainConfig, skeleton: Skeleton) -> Callable:
     return step
 
 
-def prepare(config: TrainConfig, seed: int = 0) -> tuple[TrainState, jax.Array, jax.Array]:
-    """A fresh state, a random input and a random gradient from above, made on the device."""
+def draw(config: TrainConfig, seed: int = 0) -> tuple[Params, jax.Array, jax.Array]:
+    """Fresh parameters, a random input and a random gradient from above, made on the device."""
     key = jax.random.key(seed, impl="rbg")  # a billion weights: compiled and drawn the sooner
     # A gradient of about this size per token keeps the loss an average over tokens.
     shape = (1, config.sequence_length or 0, config.model.hidden_size)
     h = jax.random.normal(jax.random.fold_in(key, 1), shape)
     above = jax.random.normal(jax.random.fold_in(key, 2), shape, jnp.bfloat16) / shape[1]
 
-    def draw(number: int, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def parameter(number: int, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if "norm" in path or path.endswith("bias"):
             return jnp.full(leaf.shape, float(path.endswith("weight")), leaf.dtype)
         std = config.model.initializer_range
         return std * jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
 
     shapes = skeleton_of(config).shapes
-    params = {path: draw(i, path, leaf) for i, (path, leaf) in enumerate(shapes.items(), 3)}
+    return (
+        {path: parameter(i, path, leaf) for i, (path, leaf) in enumerate(shapes.items(), 3)},
+        h,
+        above,
+    )
+
+
+def prepare(config: TrainConfig, seed: int = 0) -> tuple[TrainState, jax.Array, jax.Array]:
+    """`draw` with a fresh optimizer."""
+    params, h, above = draw(config, seed)
     return new_state(config, params, make_optimizer(config)), h, above
 
 
@@ -210,6 +225,12 @@ def compile_(lowered: Any) -> Any:
     return lowered.compile({"xla_gpu_enable_triton_gemm": False})
 
 
+def needed(config: TrainConfig) -> dict[str, float]:
+    """TFLOP of a step that the model needs, by part; the head is not part of the layer."""
+    parts = {part.name: part.forward + part.backward for part in step_work(config)}
+    return {name: round(flop / 1e12, 2) for name, flop in parts.items() if name != "head"}
+
+
 def memory(compiled: Any) -> dict[str, float]:
     """What the compiled program needs, GiB."""
     found = compiled.memory_analysis()
@@ -225,6 +246,20 @@ def shares(kernels: Mapping[str, float]) -> dict[str, float]:
         op = next((op for part, op in OPS if part in name), "the rest")
         found[op] = found.get(op, 0.0) + ms
     return {op: round(ms, 3) for op, ms in sorted(found.items(), key=lambda item: -item[1])}
+
+
+def keep_profile(folder: Path, case: Case, run: Sequence[tuple[str, float]], program: Any) -> None:
+    """Writes `CASE.txt`, a line a kernel (ms, launches, name), and `CASE.hlo.gz`, the program."""
+    folder.mkdir(parents=True, exist_ok=True)
+    launches = collections.Counter(name for name, _ in run)
+    total: dict[str, float] = {}
+    for name, ms in run:
+        total[name] = total.get(name, 0.0) + ms
+    lines = [f"{ms:9.3f} {launches[name]:5d} {name}" for name, ms in total.items()]
+    stem = case.name.replace(" ", "_")
+    (folder / f"{stem}.txt").write_text("\n".join(sorted(lines, reverse=True)) + "\n")
+    with gzip.open(folder / f"{stem}.hlo.gz", "wt") as file:
+        file.write(program.as_text())
 
 
 class _Steps(jax.stages.Wrapped):
@@ -248,26 +283,32 @@ class _Steps(jax.stages.Wrapped):
         raise NotImplementedError
 
 
-def measure(case: Case, make: Callable, compiled: Any, repeats: int = 2) -> dict[str, Any]:
+def measure(
+    case: Case, config: TrainConfig, compiled: Any, repeats: int = 2, profile: Path | None = None
+) -> dict[str, Any]:
     """Time of a step on the host's clock, and of its kernels by CUPTI.
 
     Args:
         case: what is measured.
-        make: `prepare` of its config, compiled.
+        config: of it.
         compiled: its step.
         repeats: steps whose median counts, after one that loads the program; the first of them is
             profiled.
+        profile: a folder for every kernel's time, and the program in which its name is found.
     """
-    state, h, above = make()
+    work = needed(config)
+    state, h, above = jax.jit(functools.partial(prepare, config))()
     steps = _Steps(compiled, jax.block_until_ready(state))
     del state
-    _say(f"{case.name} has its weights")
+    say(f"{case.name} has its weights")
     _, run = profiler.measure(steps, aggregate=False)(h, above)
     if run is None:
         raise RuntimeError("CUPTI saw no kernel: layer_step needs an NVIDIA GPU")
     kernels: dict[str, float] = {}
     for name, ms in run:
         kernels[name] = kernels.get(name, 0.0) + ms
+    if profile is not None:
+        keep_profile(profile, case, run, compiled)
     for _ in range(repeats - 1):
         steps(h, above)
     seconds = statistics.median(steps.seconds[1:])
@@ -279,93 +320,17 @@ def measure(case: Case, make: Callable, compiled: Any, repeats: int = 2) -> dict
     return {
         "ms": round(1e3 * seconds, 2),
         "tokens_per_second": round(case.tokens / seconds),
+        "tflops": round(sum(work.values()) / seconds, 1),
         "device_ms": round(sum(kernels.values()), 2),
+        "needed_tflop": work,
         "ops_ms": shares(kernels),
         "rest_ms": {name[:48]: round(ms, 2) for ms, name in rest[:6]},
         "peak_gib_of_process": round(stats.get("peak_bytes_in_use", 0) / 2**30, 2),
     }
 
 
-# --- kernels against XLA --------------------------------------------------------------------------
-
-BOUND = 2e-2
-"""Largest relative difference (Frobenius norms) of any gradient between kernels and XLA. Both round
-each result of an op to bf16 (2**-9 of its value), at other places; the ops' own errors to fp32 are
-2e-3 to 3e-3, and a gradient passes some ten of them."""
-
-
-def group(path: str) -> str:
-    """The group of parameters whose gradient is compared as one."""
-    if group_of(path) is Group.INDEXER:
-        return "indexer"
-    names = path.split("/")
-    return "experts" if "mlp" in names else "attention" if "self_attn" in names else "norms"
-
-
-def check(tokens: int, model: ModelConfig, pool: Executor) -> Callable[[], dict[str, Any]]:
-    """Gradients of one sparse step by kernels and by XLA on the same numbers and keys.
-
-    Returns:
-        What runs it, once its two programs are compiled in `pool`.
-    """
-    config = train_config(Case(Stage.SPARSE, tokens), model)
-    run = functools.partial(gradients, config, skeleton_of(config))
-    state, h, above = jax.eval_shape(functools.partial(prepare, config, 1))
-    topk = min(config.model.index_topk or 0, tokens)
-    keys = Selection(jax.ShapeDtypeStruct((1, tokens, topk), jnp.int32))  # pyright: ignore[reportArgumentType]
-    with dispatch.kernels(True):
-        ours = pool.submit(compile_, jax.jit(lambda *x: run(*x)).lower(state.params, h, above))
-    with dispatch.kernels(False):
-        lowered = jax.jit(lambda *x: run(*x)).lower(state.params, h, above, keys)
-        theirs = pool.submit(compile_, lowered)
-
-    def finish() -> dict[str, Any]:
-        state, h, above = jax.jit(functools.partial(prepare, config, 1))()
-        found, outcome = ours.result()(state.params, h, above)
-        wanted, reference = theirs.result()(state.params, h, above, outcome.selection)
-        compare = jax.jit(differences)
-        errors = jax.device_get(compare(found, wanted, h, above, outcome, reference))
-        return checked_row(tokens, topk, errors, (outcome, reference))
-
-    return finish
-
-
-def checked_row(tokens: int, topk: int, errors: Any, outcomes: Any) -> dict[str, Any]:
-    """The check as a row of the results."""
-    return {
-        "op": "layer_check",
-        "keys": tokens,
-        "topk": topk,
-        "bound": BOUND,
-        "within": bool(max(errors.values()) <= BOUND),
-        "errors": {name: float(f"{error:.2e}") for name, error in errors.items()},
-        "kl": [round(float(x.kl), 6) for x in outcomes],
-    }
-
-
-def differences(found: Params, wanted: Params, *layers: Any) -> dict[str, jax.Array]:
-    """Relative difference of each group's gradient, of the layer's update and of what it sends
-    down; what merely passes through the layer is left out of both.
-
-    Args:
-        found: gradients by kernels.
-        wanted: gradients by XLA.
-        layers: the layer's input, the gradient from above, both outcomes.
-    """
-    h, above, ours, theirs = layers
-    pairs = [(group(path), found[path], wanted[path]) for path in found if "stacks/" in path]
-    pairs.append(("output", ours.hidden - h, theirs.hidden - h))
-    pairs.append(("input", ours.below - above, theirs.below - above))
-    sums: dict[str, list[jax.Array]] = {}
-    for name, a, b in pairs:
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        both = sums.setdefault(name, [jnp.float32(0), jnp.float32(0)])
-        both[0] += jnp.sum((a - b) ** 2)
-        both[1] += jnp.sum(b**2)
-    return {name: jnp.sqrt(part / whole) for name, (part, whole) in sums.items()}
-
-
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """To stderr: results go to stdout."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -374,9 +339,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = [case.name for case in CASES]
     parser.add_argument("--cases", nargs="*", choices=names, default=names, metavar="CASE")
-    parser.add_argument("--check", type=int, default=4096, help="tokens of the check; 0: none")
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER")
+    parser.add_argument("--lock", type=Path, metavar="FILE", help="of all processes on the GPU")
     options = parser.parse_args()
     model = layer_config(options.experts)
     results = Results(options.json)
@@ -394,17 +360,14 @@ def main() -> None:
         compiled = []
         for case, config in zip(cases, configs, strict=True):
             lowered, chosen = lower(case, config)
-            _say(f"{case.name} lowered")
+            say(f"{case.name} lowered")
             compiled.append((pool.submit(compile_, lowered), chosen))
-        checked = check(options.check, model, pool) if options.check else None
-        if checked is not None:
-            add(checked())
         for case, config, (program, chosen) in zip(cases, configs, compiled, strict=True):
             row = {"op": "layer_step", "kind": case.name, "keys": case.tokens}
             row |= {"implementations": chosen, **memory(program.result())}
-            _say(f"{case.name} compiled: {memory(program.result())}")
-            make = jax.jit(functools.partial(prepare, config))
-            add(row | measure(case, make, program.result()))
+            say(f"{case.name} compiled: {memory(program.result())}")
+            with exclusive(options.lock):
+                add(row | measure(case, config, program.result(), profile=options.profile))
 
 
 if __name__ == "__main__":

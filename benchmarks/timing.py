@@ -8,13 +8,16 @@ without that its power limit slows whatever runs for more than some ten millisec
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -135,6 +138,15 @@ def _equal(found, again):
 def equal_runs(run: Callable[[], Any], found: Any, runs: int = 20) -> int:
     """How many of so many runs give the bits of `found`."""
     return sum(bool(_equal(found, run())) for _ in range(runs))
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path | None) -> Iterator[None]:
+    """Holds a file's lock, so that processes that share a GPU use it one at a time; None: none."""
+    with contextlib.ExitStack() as stack:
+        if lock is not None:
+            fcntl.flock(stack.enter_context(lock.open("a")), fcntl.LOCK_EX)
+        yield
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from dsa_jax.indexer import Indexer, IndexerHeads, for_selection
 from dsa_jax.indexer_loss import LossOptions, dense_loss, sparse_loss
 from dsa_jax.linear import Linear, float_param_dtype
 from dsa_jax.mesh_ops import (
+    by_head,
     dense_attention,
     lightning_indexer,
     per_head,
@@ -112,12 +113,17 @@ class AttentionOutput(NamedTuple):
 
 
 def absorb_query(
-    q: Float[Array, "B T N P+R"], w_uk: Float[Array, "C N P"]
+    q: Float[Array, "B T N P+R"], w_uk: Float[Array, "C N P"], rules: Rules
 ) -> Float[Array, "B T N C+R"]:
-    """Moves the keys' up-projection to the query's side: q . (W_UK c) = (W_UK^T q) . c."""
-    P = w_uk.shape[-1]
-    nope, rope = q[..., :P], q[..., P:]
-    return jnp.concatenate([jnp.einsum("BTNP,CNP->BTNC", nope, w_uk), rope], axis=-1)
+    """Moves the keys' up-projection to the query's side: q . (W_UK c) = (W_UK^T q) . c.
+
+    The rotary part comes along through an identity beside W_UK^T, unchanged: as wide as the heads
+    of all tokens are, putting it there in a pass of its own takes longer than the product.
+    """
+    R = q.shape[-1] - w_uk.shape[-1]
+    up = jnp.pad(jnp.moveaxis(w_uk, 0, -1), ((0, 0), (0, R), (0, R)))
+    P, C = w_uk.shape[-1], w_uk.shape[0]
+    return by_head(q, up.at[:, P:, C:].set(jnp.eye(R, dtype=up.dtype)), rules)
 
 
 def masked_attention(
@@ -240,7 +246,9 @@ class MLA(nnx.Module):
                 index = index._replace(k=cache.index_k, k_scale=cache.index_k_scale)
 
         w_uk, w_uv = self._up_projections()
-        q_abs = absorb_query(q, w_uk)  # dead code, and so free, where nothing below reads it
+        q_abs = absorb_query(
+            q, w_uk, self.rules
+        )  # dead code, and so free, where nothing below reads it
         state = _state(layer, q_abs, kv, c.softmax_scale, index, rows.ranges)
         selection = self._select(state, index, mode, shared) if mode.select else None
         if mode.attention == "sparse":
@@ -249,7 +257,7 @@ class MLA(nnx.Module):
                 q_abs, kv, selection,
                 value_width=c.kv_lora_rank, scale=c.softmax_scale, rules=self.rules,
             )  # fmt: skip
-            out = jnp.einsum("BTNC,CNV->BTNV", latent, w_uv)
+            out = by_head(latent, jnp.moveaxis(w_uv, 0, 1), self.rules)
         elif mode.attention == "dense":
             out, lse = dense_attention(
                 q, kv, self.kv_b_proj, rows.ranges, scale=c.softmax_scale, rules=self.rules

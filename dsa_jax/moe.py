@@ -214,48 +214,41 @@ def dispatch(routing: Routing, experts: int) -> Rows:
     return Rows(order // k, row.reshape(tokens, k), group_sizes)
 
 
+# Every copy of a token has one row, and every row one token. So what one direction gathers the
+# other gathers too; left to itself, differentiation would add into place with atomics, in bf16.
+
+
 @jax.custom_vjp
 def copies(x: Float[Array, "M D"], rows: Rows) -> Float[Array, "M*k D"]:
-    """Each token once for each of its experts, sorted by expert.
-
-    Autodiff would scatter the copies' gradients back with atomic additions, in no fixed order; the
-    copies of a token are known, so its gradient is a sum over them, taken in fp32.
-    """
+    """The token of every row."""
     return x[rows.token]
 
 
-def _copies_forward(x, rows):
-    return copies(x, rows), rows
-
-
-def _copies_backward(rows, g):
+def _copies_backward(rows: Rows, g: Array) -> tuple[Array, None]:
     return g[rows.row].astype(jnp.float32).sum(axis=1).astype(g.dtype), None
 
 
-copies.defvjp(_copies_forward, _copies_backward)
+copies.defvjp(lambda x, rows: (copies(x, rows), rows), _copies_backward)
 
 
 @jax.custom_vjp
-def combine(
+def combined(
     y: Float[Array, "M*k D"], weights: Float32[Array, "M k"], rows: Rows
 ) -> Float32[Array, "M D"]:
-    """`sum_j weights_j y_j` over a token's copies; its gradient is gathered, too."""
+    """`sum_j weights[m, j] * y[row[m, j]]`: what a token's experts say."""
     return (y[rows.row].astype(jnp.float32) * weights[..., None]).sum(axis=1)
 
 
-def _combine_forward(y, weights, rows):
-    return combine(y, weights, rows), (y, weights, rows)
-
-
-def _combine_backward(residuals, g):
+def _combined_backward(residuals: Any, g: Array) -> tuple[Array, Array, None]:
     y, weights, rows = residuals
-    flat = vary_like(jnp.zeros(rows.token.shape, weights.dtype), weights)
-    by_row = flat.at[rows.row.reshape(-1)].set(weights.reshape(-1), unique_indices=True)
-    dy = (g[rows.token] * by_row[:, None]).astype(y.dtype)
-    return dy, (y[rows.row].astype(jnp.float32) * g[:, None]).sum(axis=-1), None
+    by_row = vary_like(jnp.zeros(rows.token.shape, jnp.float32), weights)
+    by_row = by_row.at[rows.row.reshape(-1)].set(weights.reshape(-1), unique_indices=True)
+    dy = g[rows.token] * by_row[:, None]
+    dweights = (y[rows.row].astype(jnp.float32) * g[:, None]).sum(axis=-1)
+    return dy.astype(y.dtype), dweights, None
 
 
-combine.defvjp(_combine_forward, _combine_backward)
+combined.defvjp(lambda *x: (combined(*x), x), _combined_backward)
 
 
 class MoE(nnx.Module):
@@ -321,7 +314,7 @@ class MoE(nnx.Module):
                 out = expert_parallel.routed(_apply, experts, flat, rows, routing.weights, dealt)
             else:
                 y = experts(copies(flat, rows), rows.group_sizes)
-                out = combine(y, vary_like(routing.weights, y), rows)
+                out = combined(y, routing.weights, rows)
             if split:
                 out = lax.psum(out, split)
             if self.config.numerics.round_experts:

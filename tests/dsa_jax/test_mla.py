@@ -8,6 +8,7 @@ from small_models import jit
 
 from dsa_jax.mesh_ops import expand_keys
 from dsa_jax.mla import absorb_query, masked_attention
+from dsa_jax.sharding import Rules
 from pallas_kernels import KeyRange, Selection, dense_attention
 
 
@@ -21,7 +22,7 @@ def test_absorbed_scores_are_the_expanded_ones():
     k, v = expand_keys(jnp.einsum("BSC,CNX->BSNX", kv[..., :6], up), kv[..., 6:], 5)
     assert v.shape == (1, 7, 2, 3)
     expanded = jnp.einsum("BTND,BSND->BTNS", q, k)
-    absorbed = jnp.einsum("BTND,BSD->BTNS", absorb_query(q, up[..., :5]), kv)
+    absorbed = jnp.einsum("BTND,BSD->BTNS", absorb_query(q, up[..., :5], Rules()), kv)
     np.testing.assert_allclose(absorbed, expanded, atol=1e-5)  # fp32 sums of 30 products
     np.testing.assert_allclose(v, jnp.einsum("BSC,CNV->BSNV", kv[..., :6], up[..., 5:]), atol=1e-5)
 

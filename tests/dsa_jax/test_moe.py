@@ -9,7 +9,7 @@ from small_models import jit
 
 from dsa_jax import presets
 from dsa_jax.config import Numerics
-from dsa_jax.moe import MoE, Routing, SwiGLU, combine, copies, dispatch, gate_product, route
+from dsa_jax.moe import MoE, Routing, SwiGLU, combined, copies, dispatch, gate_product, route
 
 TINY = presets.get("tiny")  # 8 experts in 4 groups, 2 groups eligible, 2 experts a token
 
@@ -86,7 +86,7 @@ def test_gradients_of_copies_are_gathered():
     scale = jnp.arange(1.0, 121.0)[:, None]  # so that rows differ
 
     def ours(x, weights):
-        return combine(jnp.sin(scale * copies(x, rows)), weights, rows)
+        return combined(jnp.sin(scale * copies(x, rows)), weights, rows)
 
     def plain(x, weights):
         y = jnp.sin(scale * x[rows.token])[rows.row]
@@ -107,7 +107,7 @@ def test_gradients_of_copies_are_gathered():
 
 
 def test_one_expert_at_a_time():
-    """Values and the router's gradient equal the dense sum over all experts."""
+    """Value and gradients, the tokens' too, equal those of the dense sum over all experts."""
     moe = make()
     x = jax.random.normal(jax.random.key(1), (2, 11, 48))
 
@@ -125,8 +125,9 @@ def test_one_expert_at_a_time():
     @jit
     def both(moe, x):
         counted = jnp.ones(x.shape[:2], bool)
-        ours = jax.value_and_grad(lambda moe: (moe(x, counted)[0] ** 2).sum())(moe)
-        return ours, jax.value_and_grad(lambda moe: (plainly(moe, x) ** 2).sum())(moe)
+        ours = lambda moe, x: (moe(x, counted)[0] ** 2).sum()  # noqa: E731
+        theirs = lambda moe, x: (plainly(moe, x) ** 2).sum()  # noqa: E731
+        return [jax.value_and_grad(loss, (0, 1))(moe, x) for loss in (ours, theirs)]
 
     (value, gradient), (expected, expected_gradient) = both(moe, x)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import layer_step
+from benchmarks import layer_check, layer_step
 from benchmarks.layer_step import Case
 from dsa_jax import presets
 from train.stages import Group, Stage, group_of
@@ -44,18 +44,18 @@ def test_a_step_moves_what_its_stage_trains(stage):
 
 def test_the_check_sees_a_difference(monkeypatch):
     """Without kernels both sides are one; a gradient that is 1% off shows in its own group."""
-    monkeypatch.setattr(layer_step, "compile_", lambda lowered: lowered.compile())
+    monkeypatch.setattr(layer_check, "compile_", lambda lowered: lowered.compile())
     with ThreadPoolExecutor() as pool:
-        run = layer_step.check(64, MODEL, pool)
+        run = layer_check.check(64, MODEL, pool)
     row = run()
     assert row["within"]
     assert set(row["errors"]) == {"attention", "experts", "indexer", "norms", "output", "input"}
     assert max(row["errors"].values()) == 0
-    plain = layer_step.differences
+    plain = layer_check.differences
     spoil = lambda found, *rest: plain(  # noqa: E731
-        {p: 1.05 * g if layer_step.group(p) == "experts" else g for p, g in found.items()}, *rest
+        {p: 1.05 * g if layer_check.group(p) == "experts" else g for p, g in found.items()}, *rest
     )
-    monkeypatch.setattr(layer_step, "differences", spoil)
+    monkeypatch.setattr(layer_check, "differences", spoil)
     row = run()
     assert not row["within"]
     assert row["errors"]["experts"] == pytest.approx(0.05, rel=1e-3)

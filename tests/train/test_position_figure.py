@@ -2,10 +2,15 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import position_figure as figure
-from benchmarks.positions import POSITIONS, calls
+from benchmarks import positions
+from benchmarks.positions import MODES, POSITIONS, calls
+from pallas_kernels import Selection
+from train.cost import LayerShape
 
 
 @pytest.fixture
@@ -21,9 +26,38 @@ def results():
 
 
 def test_every_part_is_timed_at_its_position():
-    found = {(c.mode, c.part): c for c in calls(8192)}
+    found = {(c.mode, c.part): c for mode in MODES for c in calls(mode, 8192, 131_072)}
     assert len(found) == 6
-    assert {c.tokens for c in found.values()} == {4096, 16}
+    assert {c.tokens for c in found.values()} == {4096, 64}
+    for call in found.values():
+        _, keys, *_ = arguments = jax.eval_shape(call.make)
+        if arguments[-1].__class__ is Selection:
+            assert keys.shape[1] == 131_072
+        else:
+            assert keys.shape[1] == 8192
+
+
+def test_selections_are_of_the_filled_part(monkeypatch):
+    monkeypatch.setattr(positions, "QUERIES", 8)
+    monkeypatch.setattr(positions, "SEQUENCES", 2)
+    monkeypatch.setattr(positions, "SHAPE", LayerShape(heads=1, latent=4, rotary=4, topk=16))
+    found = {(c.mode, c.part): c for mode in MODES for c in calls(mode, 64, 128)}
+    for mode in MODES:
+        indices = found[mode, "sparse"].make()[2].indices
+        assert (jnp.diff(indices) > 0).all()
+        assert indices.min() >= 0
+        assert 40 < indices.max() < 64
+    every = found["decode", "dense"].make()[2].indices
+    assert (every == jnp.where(jnp.arange(128) < 64, jnp.arange(128), -1)).all()
+
+
+def test_operations_are_those_of_the_visible_keys():
+    found = {(c.mode, c.part): c for mode in MODES for c in calls(mode, 8192, 131_072)}
+    pairs = sum(range(8192 - 4096 + 1, 8192 + 1))
+    assert positions.flop(found["prefill", "dense"]) == 2 * 128 * 320 * pairs
+    assert positions.flop(found["prefill", "indexer"]) == 2 * 64 * 128 * pairs
+    assert positions.flop(found["decode", "sparse"]) == 2 * 128 * 1088 * 2048 * 64
+    assert positions.flop(found["decode", "dense"]) == 2 * 128 * 1088 * 8192 * 64
 
 
 def test_sparse_is_indexer_and_attention(results):

@@ -29,7 +29,6 @@ from train.plan import collectives, hlo
 from train.plan.options import mesh_sizes
 from train.start import plan
 
-
 # Without a GPU there is nothing to tune Triton's products on, and its default tiles can take twenty
 # times as long as cuBLAS, which chooses well by itself.
 _OPTIONS = {"xla_gpu_enable_triton_gemm": False}

@@ -10,6 +10,7 @@ from small_models import jit
 from dsa_jax import presets
 from dsa_jax.config import Numerics
 from dsa_jax.moe import MoE, Routing, SwiGLU, combined, copies, dispatch, gate_product, route
+from dsa_jax.sharding import MeshConfig, make_mesh
 
 TINY = presets.get("tiny")  # 8 experts in 4 groups, 2 groups eligible, 2 experts a token
 
@@ -137,6 +138,25 @@ def test_one_expert_at_a_time():
         gradient,
         expected_gradient,
     )
+
+
+def test_experts_widths_over_two_devices():
+    """Experts that no axis deals out, their widths cut: gradients equal one device's."""
+    moe = make()
+    x = jax.random.normal(jax.random.key(2), (2, 8, 48))
+
+    def gradients(sizes):
+        def loss(moe, x):
+            return (moe(x, jnp.ones(x.shape[:2], bool))[0] ** 2).sum()
+
+        with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
+            return jit(jax.grad(loss, (0, 1)))(moe, x)
+
+    pairs = zip(
+        *(jax.tree.leaves(gradients(s)) for s in ({}, {"data": 2, "tensor": 2})), strict=True
+    )
+    for one, cut in pairs:
+        np.testing.assert_allclose(cut, one, rtol=1e-4, atol=1e-5 * np.abs(one).max())
 
 
 def test_load_counts_what_is_counted():

@@ -46,7 +46,7 @@ from train.plan.worker import lower
 from train.stages import Stage
 from train.state import TrainState, new_state, skeleton_of
 
-STEPS = 4
+STEPS = 3
 GpuName = Literal["h100", "h200"]
 
 

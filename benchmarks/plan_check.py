@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import base64
 import ctypes
+import fcntl
 import json
 import pickle
 import statistics
@@ -25,7 +26,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,7 @@ class Case(NamedTuple):
 
 CASES = {
     "sparse-8k": Case(Stage.SPARSE, 1, 16, 8192, 2),
+    "sparse-8k-once": Case(Stage.SPARSE, 1, 16, 8192, 1),
     "sparse-8k-2layers": Case(Stage.SPARSE, 2, 16, 8192, 2),
     "sparse-32k": Case(Stage.SPARSE, 1, 16, 32768, 1),
     "dense-32k": Case(Stage.DENSE, 1, 16, 32768, 1),
@@ -125,10 +127,20 @@ def _load(program: Path) -> Any:
     return serialize_executable.deserialize_and_load(*payload, execution_devices=jax.devices()[:1])
 
 
+def _take_turn(turn: Path | None) -> TextIO | None:
+    """Waits until no other process is on the GPU; what comes back keeps it until this one ends."""
+    if turn is None:
+        return None
+    lock = turn.open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    time.sleep(0.5)  # the last one's memory is on its way back
+    return lock
+
+
 class Running(jax.stages.Wrapped):
     """A step on this machine's GPU, called again and again on the state that it leaves."""
 
-    def __init__(self, case: Case, gpu: GpuName, program: Path | None):
+    def __init__(self, case: Case, gpu: GpuName, program: Path | None, turn: Path | None):
         _, config = planned(case, gpu)
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         began = time.perf_counter()
@@ -137,8 +149,10 @@ class Running(jax.stages.Wrapped):
                 self.compiled = _load(program)
             else:
                 self.compiled = lower(config, mesh, kernels=True).compile()
-            _say(f"have the program after {time.perf_counter() - began:.1f} s")
-            self.state, self.batch = jax.block_until_ready(jax.jit(lambda: inputs(config))())
+            make = jax.jit(lambda: inputs(config)).lower().compile()
+            _say(f"have the programs after {time.perf_counter() - began:.1f} s")
+            self.turn = _take_turn(turn)
+            self.state, self.batch = jax.block_until_ready(make())
         self.metrics: dict[str, jax.Array] = {}
         self.seconds: list[float] = []
 
@@ -157,16 +171,19 @@ class Running(jax.stages.Wrapped):
         raise NotImplementedError
 
 
-def measure(case: Case, gpu: GpuName, program: Path | None, profile: bool) -> dict[str, Any]:
+def measure(
+    case: Case, gpu: GpuName, program: Path | None, turn: Path | None, profile: bool
+) -> dict[str, Any]:
     """The same step on this machine's GPU.
 
     Args:
         case: what to run.
         gpu: what it was planned for.
         program: what `predict` kept; None: compiled here.
+        turn: a file whose lock says which of several processes has the GPU; None: there is one.
         profile: list the kernels of one step.
     """
-    step = Running(case, gpu, program)
+    step = Running(case, gpu, program, turn)
     for _ in range(STEPS):
         step()
     # Before the profiler, which holds memory of its own.
@@ -203,9 +220,9 @@ def kernels(launches: list[tuple[str, float]]) -> list[tuple[str, int, float]]:
     return sorted(found, key=lambda kernel: -kernel[2])
 
 
-def count(case: Case, gpu: GpuName, program: Path | None) -> None:
+def count(case: Case, gpu: GpuName, program: Path | None, turn: Path | None) -> None:
     """Runs two steps, the second between the calls that tell a profiler to listen."""
-    step = Running(case, gpu, program)
+    step = Running(case, gpu, program, turn)
     step()
     driver = ctypes.CDLL("libcuda.so.1")
     driver.cuProfilerStart()
@@ -279,6 +296,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="h100", choices=("h100", "h200"))
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--programs", type=Path, metavar="FOLDER")
+    parser.add_argument("--turn", type=Path, metavar="FILE", help="processes take turns by it")
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     rows = json.loads(given.json.read_text()) if given.json.exists() else {}
@@ -287,9 +305,9 @@ def main() -> None:
     acts: dict[str, Callable[[], Any]] = {
         "predict": lambda: _put(rows, name, "predicted", predict(case, given.gpu, program)),
         "measure": lambda: _put(
-            rows, name, "measured", measure(case, given.gpu, program, given.profile)
+            rows, name, "measured", measure(case, given.gpu, program, given.turn, given.profile)
         ),
-        "count": lambda: count(case, given.gpu, program),
+        "count": lambda: count(case, given.gpu, program, given.turn),
         "show": lambda: None,
     }
     acts[given.what]()

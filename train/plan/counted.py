@@ -45,7 +45,8 @@ class State(NamedTuple):
         parameter_bytes: on a device.
         optimizer_bytes: on a device.
         gradient_bytes: on a device, all gradients once in fp32.
-        single_bytes: of them, those of stacks of one layer: no loop collects them in fp32.
+        late_bytes: of them, those that a backward pass has not yet in fp32 when memory is
+            fullest: of stacks of one layer, which no loop collects, and of the embedding.
     """
 
     parameters: int
@@ -54,7 +55,7 @@ class State(NamedTuple):
     parameter_bytes: int
     optimizer_bytes: int
     gradient_bytes: int
-    single_bytes: int = 0
+    late_bytes: int = 0
 
 
 def shapes_of(config: TrainConfig) -> Shapes:
@@ -95,10 +96,11 @@ def state(config: TrainConfig, shapes: Shapes) -> State:
             held(leaf, where.get(path), leaf.dtype.itemsize) for path, leaf in shapes.optimizer
         ),
         gradient_bytes=sum(gradients.values()),
-        single_bytes=sum(
+        late_bytes=sum(
             size
             for path, size in gradients.items()
-            if path.startswith("stacks/") and shapes.params[path].shape[0] == 1
+            if path.startswith("embed")
+            or (path.startswith("stacks/") and shapes.params[path].shape[0] == 1)
         ),
     )
 
@@ -131,7 +133,7 @@ def temporaries(config: TrainConfig, held: State) -> dict[str, int]:
     kept = {"none": 8, "dots": 4}.get(config.remat, 1) if backward else 1 / c.num_hidden_layers
     hidden = t * c.hidden_size * _FP32
     weights = (_layer_weights(config) + _expert_weights(config)) / mesh_sizes(config.mesh)["tensor"]
-    once = held.gradient_bytes - held.single_bytes
+    once = held.gradient_bytes - held.late_bytes
     return {
         # Beside the sum so far stand those of the micro-batch at work.
         "gradients": once + (held.gradient_bytes if config.micro_batches > 1 else 0),
@@ -140,8 +142,7 @@ def temporaries(config: TrainConfig, held: State) -> dict[str, int]:
         "one layer's attention": attention,
         "sparse attention's workspace": _workspace(config, t),
         "one layer's experts": experts,
-        # In bf16; with as many gradients where no loop collects those in fp32.
-        "one layer's weights": int(_BF16 * weights * (2 if backward and held.single_bytes else 1)),
+        "one layer's weights": int(_BF16 * weights),
     }
 
 

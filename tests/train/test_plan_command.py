@@ -248,6 +248,20 @@ def test_bad_input_is_explained(arguments, message, capsys):
     assert re.search(message, said), said
 
 
+@pytest.mark.parametrize(
+    ("flag", "bound"),
+    [("network=1", "network"), ("hbm-share=0.001", "HBM"), ("experts=1", "compute")],
+)
+def test_rates_are_flags_and_decide_the_bound(flag, bound, capsys):
+    name, value = flag.split("=")
+    arguments = ["--devices", "256", "--mesh.expert", "8", "--mesh.context", "32", "--json"]
+    status = main(["plan", "--compile", "none", *arguments, f"--rates.{name}", value])
+    found = json.loads(capsys.readouterr().out)
+    assert status == 0
+    assert found["time"]["bound"] == bound
+    assert found["rates"][name.replace("-", "_")] == float(value)
+
+
 @pytest.mark.parametrize("rate", ["overlap=2", "matmul=0", "network=-1"])
 def test_rates_that_make_no_sense_are_refused(rate):
     name, value = rate.split("=")

@@ -47,7 +47,6 @@ from train.plan.worker import lower
 from train.stages import Stage
 from train.state import TrainState, new_state, skeleton_of
 
-STEPS = 3
 GpuName = Literal["h100", "h200"]
 
 
@@ -173,7 +172,12 @@ class Running(jax.stages.Wrapped):
 
 
 def measure(
-    case: Case, gpu: GpuName, program: Path | None, turn: Path | None, profile: bool
+    case: Case,
+    gpu: GpuName,
+    program: Path | None,
+    turn: Path | None = None,
+    steps: int = 3,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """The same step on this machine's GPU.
 
@@ -182,10 +186,11 @@ def measure(
         gpu: what it was planned for.
         program: what `predict` kept; None: compiled here.
         turn: a file whose lock says which of several processes has the GPU; None: there is one.
-        profile: list the kernels of one step.
+        steps: to time; the first of them, which loads kernels, does not count.
+        profile: list the kernels of one more.
     """
     step = Running(case, gpu, program, turn)
-    for _ in range(STEPS):
+    for _ in range(steps):
         step()
     # Before the profiler, which holds memory of its own.
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
@@ -298,6 +303,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--programs", type=Path, metavar="FOLDER")
     parser.add_argument("--turn", type=Path, metavar="FILE", help="processes take turns by it")
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     rows = json.loads(given.json.read_text()) if given.json.exists() else {}
@@ -306,7 +312,10 @@ def main() -> None:
     acts: dict[str, Callable[[], Any]] = {
         "predict": lambda: _put(rows, name, "predicted", predict(case, given.gpu, program)),
         "measure": lambda: _put(
-            rows, name, "measured", measure(case, given.gpu, program, given.turn, given.profile)
+            rows,
+            name,
+            "measured",
+            measure(case, given.gpu, program, given.turn, given.steps, given.profile),
         ),
         "count": lambda: count(case, given.gpu, program, given.turn),
         "show": lambda: None,

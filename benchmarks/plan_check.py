@@ -114,6 +114,7 @@ def predict(case: Case, gpu: GpuName, program: Path | None) -> dict[str, Any]:
         "counted_bytes": candidate.bytes,
         "memory": compiled.memory,
         "dot_flop": compiled.work.dot_flop,
+        "other_bytes": compiled.work.other_bytes,
         "counted_products": counted_products(config),
         "flop": {part.name: part.total * case.sequences for part in step_work(config)},
         "step_seconds": report.estimate.step,

@@ -314,7 +314,7 @@ class MoE(nnx.Module):
                 out = expert_parallel.routed(_apply, experts, flat, rows, routing.weights, dealt)
             else:
                 y = experts(copies(flat, rows), rows.group_sizes)
-                out = combined(y, routing.weights, rows)
+                out = combined(y, vary_like(routing.weights, y), rows)
             if split:
                 out = lax.psum(out, split)
             if self.config.numerics.round_experts:

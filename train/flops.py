@@ -153,7 +153,8 @@ def _attention(config: TrainConfig, length: int) -> tuple[Work, ...]:
     if stage is Stage.SPARSE:
         once = float(indexers * visible * shape.indexer_flop)
         rescored = once if config.remat == "full" else 0.0
-        parts.append(Work("indexer's scores", "indexer", once, 0.0, rescored))
+        kind = "indexer" if c.numerics.indexer_fp8 else "indexer_bf16"
+        parts.append(Work("indexer's scores", kind, once, 0.0, rescored))
         pairs, target = indexers * selected_pairs(length, shape.topk), 2 * N * row
         parts.append(_loss("KL on selected keys", "kl_sparse", pairs, target, shape))
     elif stage is Stage.WARMUP:

@@ -9,7 +9,8 @@ from small_models import jit
 
 from dsa_jax import presets
 from dsa_jax.config import Numerics
-from dsa_jax.moe import MoE, Routing, SwiGLU, dispatch, gate_product, route
+from dsa_jax.moe import MoE, Routing, SwiGLU, combined, copies, dispatch, gate_product, route
+from dsa_jax.sharding import MeshConfig, make_mesh
 
 TINY = presets.get("tiny")  # 8 experts in 4 groups, 2 groups eligible, 2 experts a token
 
@@ -75,6 +76,37 @@ def make(**options):
     return MoE(TINY, rngs=nnx.Rngs(0), **dtypes)
 
 
+def test_gradients_of_copies_are_gathered():
+    """What autodiff makes of the same gathers, to the rounding of a sum of three numbers."""
+    rng = np.random.default_rng(3)
+    experts = jnp.asarray(np.argsort(rng.random((40, 5)), axis=1)[:, :3], jnp.int32)
+    x, g, weights = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((40, 6),) * 2 + ((40, 3),)
+    )
+    rows = dispatch(Routing(experts, weights), 5)
+    scale = jnp.arange(1.0, 121.0)[:, None]  # so that rows differ
+
+    def ours(x, weights):
+        return combined(jnp.sin(scale * copies(x, rows)), weights, rows)
+
+    def plain(x, weights):
+        y = jnp.sin(scale * x[rows.token])[rows.row]
+        return (y * weights[..., None]).sum(axis=1)
+
+    def value_and_gradients(f):
+        def run(x, weights, g):
+            out, pull = jax.vjp(f, x, weights)
+            return out, *pull(g)
+
+        return run
+
+    run = [value_and_gradients(f) for f in (ours, plain)]
+    for a, b in zip(*(jit(f)(x, weights, g) for f in run), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    assert "scatter-add" not in str(jax.make_jaxpr(run[0])(x, weights, g))
+    assert "scatter-add" in str(jax.make_jaxpr(run[1])(x, weights, g))
+
+
 def test_one_expert_at_a_time():
     """Value and gradients, the tokens' too, equal those of the dense sum over all experts."""
     moe = make()
@@ -106,6 +138,25 @@ def test_one_expert_at_a_time():
         gradient,
         expected_gradient,
     )
+
+
+def test_experts_widths_over_two_devices():
+    """Experts that no axis deals out, their widths cut: gradients equal one device's."""
+    moe = make()
+    x = jax.random.normal(jax.random.key(2), (2, 8, 48))
+
+    def gradients(sizes):
+        def loss(moe, x):
+            return (moe(x, jnp.ones(x.shape[:2], bool))[0] ** 2).sum()
+
+        with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
+            return jit(jax.grad(loss, (0, 1)))(moe, x)
+
+    pairs = zip(
+        *(jax.tree.leaves(gradients(s)) for s in ({}, {"data": 2, "tensor": 2})), strict=True
+    )
+    for one, cut in pairs:
+        np.testing.assert_allclose(cut, one, rtol=1e-4, atol=1e-5 * np.abs(one).max())
 
 
 def test_load_counts_what_is_counted():

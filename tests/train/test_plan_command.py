@@ -9,11 +9,14 @@ import pytest
 from dsa_jax import presets
 from dsa_jax.sharding import MeshConfig
 from train.__main__ import main
-from train.plan import PlanOptions, counted, make, search
+from train.plan import PlanOptions, counted, hlo, make, search, to_json
+from train.plan import report as report_module
 from train.plan.collectives import Traffic
+from train.plan.compiled import Compiled
 from train.plan.estimate import seconds
 from train.plan.hardware import GPUS, Rates
 from train.plan.options import architecture, train_config
+from train.plan.show import flags, verdict
 from train.stages import Stage
 
 GB = 1e9
@@ -98,6 +101,88 @@ def test_search_picks_a_mesh_that_fits_and_is_fast():
     assert report.candidates == sorted(report.candidates, key=lambda one: not one.fits)
 
 
+PUBLISHED = [
+    # No mesh of 8 or 64 H100s holds 14 bytes for each of 671 B parameters; 128 hold 73 GB each.
+    (8, Stage.SPARSE, 256),
+    (64, Stage.SPARSE, 256),
+    (256, Stage.SPARSE, None),
+    (512, Stage.SPARSE, None),
+    # Warm-up keeps 4 bytes a parameter.
+    (8, Stage.WARMUP, 64),
+    (64, Stage.WARMUP, None),
+    (256, Stage.WARMUP, None),
+    (512, Stage.WARMUP, None),
+]
+
+
+@pytest.mark.parametrize(("devices", "stage", "enough"), PUBLISHED)
+def test_the_published_model_fits_or_not(devices, stage, enough):
+    report = make(PlanOptions(devices=devices, stage=stage, search=True, compile="none"))
+    said = " ".join(verdict(report))
+    assert report.fits == (enough is None)
+    assert report.enough == enough
+    if report.fits:
+        assert "[bold green]It fits" in said
+        assert f"The mesh as flags: {flags(report.config.mesh)}" in said
+        again = dataclasses.replace(FLAGSHIP, devices=devices, stage=stage, mesh=report.config.mesh)
+        assert make(again).bytes == report.bytes
+    else:
+        assert "It does not fit" in said
+        if devices == 8:
+            assert re.search(r"alone take [\d,.]+ GB of a device, which may be filled", said)
+        assert f"No mesh of {devices} devices fits; by arithmetic {enough} devices do" in said
+
+
+def test_a_mesh_that_was_asked_for_is_left_alone():
+    said = " ".join(verdict(make(dataclasses.replace(FLAGSHIP, memory_share=0.5))))
+    assert "Let --search look for a mesh" in said
+    assert "Most goes to" in said
+
+
+def candidate(size):
+    state = counted.State(1, 1, 0, size, 0, 0)
+    return search.Candidate(None, state, {}, None, fits=size <= 100)
+
+
+def test_which_meshes_are_compiled():
+    """The fastest near the limit, and the smallest of the others; nothing hopeless."""
+    sizes = [99, 98, 97, 60, 90, 110, 130]
+    found = search.to_compile([candidate(size) for size in sizes], 100, 3)
+    assert [one.bytes for one in found] == [99, 98, 60]
+    assert [one.bytes for one in search.to_compile(list(map(candidate, (114, 116))), 100, 3)] == [
+        114
+    ]
+    assert search.to_compile([candidate(120)], 100, 3) == []
+
+
+def test_search_compiles_until_a_mesh_fits(monkeypatch):
+    """By the compiler the first mesh is too large: the search goes on, and says what it saw."""
+    sizes = iter([79, 70])
+
+    def compiled(config, gpu, backend, on_phase, text):
+        on_phase("compiling")
+        work = hlo.Work(0.0, {}, 0.0, 0.0)
+        held = counted.state(config, counted.shapes_of(config))
+        arguments = held.parameter_bytes + held.optimizer_bytes
+        memory = {"arguments": arguments, "temporaries": next(sizes) * 10**9 - arguments}
+        return Compiled(backend, 1.0, {**memory, "outputs": 0}, {}, [], work, 0)
+
+    monkeypatch.setattr(report_module, "compile_step", compiled)
+    monkeypatch.setattr(report_module, "plugin_found", lambda: True)
+    phases = []
+    found = make(PlanOptions(devices=256, search=True), phases.append)
+    assert list(found.tried.values()) == [79 * 10**9, 70 * 10**9]
+    assert found.fits
+    assert found.config.mesh == found.candidates[1].config.mesh
+    assert "mesh 2 of at most 3: compiling" in phases
+    shown = to_json(found)["candidates"]
+    assert [one["compiled_bytes"] for one in shown[:3]] == [79 * 10**9, 70 * 10**9, None]
+
+    monkeypatch.setattr(report_module, "compile_step", None)  # hopeless: not called
+    none = make(PlanOptions(devices=8, search=True, stage=Stage.WARMUP))
+    assert none.notes == ["nothing was compiled: by arithmetic no mesh comes near to fitting"]
+
+
 def test_every_mesh_is_tried():
     found = [mesh.sizes for mesh in search.meshes(8)]
     assert len(found) == len(set(found)) == 35  # 2^3 over five axes: C(3 + 4, 4)
@@ -161,6 +246,20 @@ def test_bad_input_is_explained(arguments, message, capsys):
     assert main(["plan", "--compile", "none", *arguments]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    ("flag", "bound"),
+    [("network=1", "network"), ("hbm-share=0.001", "HBM"), ("experts=1", "compute")],
+)
+def test_rates_are_flags_and_decide_the_bound(flag, bound, capsys):
+    name, value = flag.split("=")
+    arguments = ["--devices", "256", "--mesh.expert", "8", "--mesh.context", "32", "--json"]
+    status = main(["plan", "--compile", "none", *arguments, f"--rates.{name}", value])
+    found = json.loads(capsys.readouterr().out)
+    assert status == 0
+    assert found["time"]["bound"] == bound
+    assert found["rates"][name.replace("-", "_")] == float(value)
 
 
 @pytest.mark.parametrize("rate", ["overlap=2", "matmul=0", "network=-1"])

@@ -61,6 +61,24 @@ def test_products_count_as_often_as_the_loop_runs(program):
     assert hlo.work(program).dot_flop == LAYERS * 2 * 8 * 64 * 32
 
 
+CALLS = """
+ENTRY %main (a: bf16[3,8,4], b: bf16[3,4,16]) -> f32[3,8,16] {
+  %a = bf16[3,8,4]{2,1,0} parameter(0)
+  %b = bf16[3,4,16]{2,1,0} parameter(1)
+  %lt = (f32[3,8,16]{2,1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_batch_dimensions":["0"],"lhs_contracting_dimensions":["2"]}}}
+  %gemm = (f32[3,8,16]{2,1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_batch_dimensions":["0"],"lhs_contracting_dimensions":["2"]}}}
+  %kernel = f32[3,8,16]{2,1,0} custom-call(%a, %b), custom_call_target="mosaic_gpu_v2"
+  ROOT %out = f32[3,8,16]{2,1,0} get-tuple-element(%lt), index=0
+}
+"""  # noqa: E501
+
+
+def test_products_by_cublas_count():
+    found = hlo.work(hlo.parse(CALLS))
+    assert found.dot_flop == 2 * (2 * 3 * 8 * 4 * 16)
+    assert found.kernels == {"mosaic_gpu_v2": 1}
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [

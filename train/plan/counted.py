@@ -45,6 +45,8 @@ class State(NamedTuple):
         parameter_bytes: on a device.
         optimizer_bytes: on a device.
         gradient_bytes: on a device, all gradients once in fp32.
+        late_bytes: of them, those that a backward pass has not yet in fp32 when memory is
+            fullest: of stacks of one layer, which no loop collects, and of the embedding.
     """
 
     parameters: int
@@ -53,6 +55,7 @@ class State(NamedTuple):
     parameter_bytes: int
     optimizer_bytes: int
     gradient_bytes: int
+    late_bytes: int = 0
 
 
 def shapes_of(config: TrainConfig) -> Shapes:
@@ -78,6 +81,7 @@ def state(config: TrainConfig, shapes: Shapes) -> State:
         return math.prod(cut) * itemsize
 
     learns = [path for path in shapes.params if group_of(path) in config.stage.trainable]
+    gradients = {path: held(shapes.params[path], where[path], _FP32) for path in learns}
     return State(
         parameters=sum(leaf.size for leaf in shapes.params.values()),
         trainable=sum(shapes.params[path].size for path in learns),
@@ -91,7 +95,13 @@ def state(config: TrainConfig, shapes: Shapes) -> State:
         optimizer_bytes=sum(
             held(leaf, where.get(path), leaf.dtype.itemsize) for path, leaf in shapes.optimizer
         ),
-        gradient_bytes=sum(held(shapes.params[path], where[path], _FP32) for path in learns),
+        gradient_bytes=sum(gradients.values()),
+        late_bytes=sum(
+            size
+            for path, size in gradients.items()
+            if path.startswith("embed")
+            or (path.startswith("stacks/") and shapes.params[path].shape[0] == 1)
+        ),
     )
 
 
@@ -106,37 +116,78 @@ def tokens_at_once(config: TrainConfig) -> int:
 def temporaries(config: TrainConfig, held: State) -> dict[str, int]:
     """Bytes of a device beside its state at the fullest moment, by what they are.
 
-    That is the backward pass of a layer with experts (in warm-up, its forward pass): the multiples
-    below are how many arrays of a kind are alive then, as compiled programs show.
+    That is the backward pass of a layer's experts, while what its attention keeps for its own is
+    there already; in warm-up, the forward pass of the one or the other. The multiples below are
+    how many arrays of a kind are alive then, as compiled programs show.
 
     Args:
         config: resolved, its mesh written out.
         held: its state.
     """
-    c, t, sizes = config.model, tokens_at_once(config), mesh_sizes(config.mesh)
+    c, t = config.model, tokens_at_once(config)
     backward = config.stage is not Stage.WARMUP
-    N, F = c.num_attention_heads // sizes["tensor"], c.moe_intermediate_size // sizes["tensor"]
-    width = c.latent_dim if config.stage.attention == "sparse" else c.qk_head_dim
-    attention = t * N * (width + c.kv_lora_rank + c.v_head_dim) * _BF16 * (2 if backward else 1)
-    if config.stage.attention == "dense":
-        # Keys and values of all tokens of a sequence, of this device's heads.
-        keys = t * ways(config.mesh, 1)
-        attention += 2 * keys * N * (c.qk_head_dim + c.v_head_dim) * _BF16
-    rows = t * c.num_experts_per_tok if c.moe_layers else 0
-    if _dealt(config) > 1:
-        rows = int(ROOM * rows)
-    experts = (5 if backward else 3) * rows * (c.hidden_size + F) * _BF16
+    attention, experts = _attention(config, t), _experts(config, t)
+    if not backward:
+        attention, experts = (attention, 0) if attention > experts else (0, experts)
     # Of every layer its input in fp32, or with less recomputation some multiple of that.
     kept = {"none": 8, "dots": 4}.get(config.remat, 1) if backward else 1 / c.num_hidden_layers
-    weights = (_layer_weights(config) + _expert_weights(config)) / sizes["tensor"]
+    hidden = t * c.hidden_size * _FP32
+    weights = (_layer_weights(config) + _expert_weights(config)) / mesh_sizes(config.mesh)["tensor"]
+    once = held.gradient_bytes - held.late_bytes
     return {
         # Beside the sum so far stand those of the micro-batch at work.
-        "gradients": held.gradient_bytes * (2 if config.micro_batches > 1 else 1),
-        "layers' inputs": int(kept * c.num_hidden_layers * t * c.hidden_size * _FP32),
+        "gradients": once + (held.gradient_bytes if config.micro_batches > 1 else 0),
+        "layers' inputs": int(kept * c.num_hidden_layers * hidden),
+        "one layer's residual sums": int(_HIDDEN[backward] * hidden),
         "one layer's attention": attention,
+        "sparse attention's workspace": _workspace(config, t),
         "one layer's experts": experts,
-        "gathered weights": int(_BF16 * weights),
+        "one layer's weights": int(_BF16 * weights),
     }
+
+
+# Arrays of the residual sum's size, in fp32, that a layer's pass holds: forward alone, backward.
+_HIDDEN = {False: 2.5, True: 4.5}
+# Rows of dKV that the backward of sparse attention adds up at a time.
+_ADDED_ROWS = 2_433_024
+
+
+def _attention(config: TrainConfig, t: int) -> int:
+    """What a layer's attention holds for t queries: queries, keys and values by head, results."""
+    c, stage = config.model, config.stage
+    N = c.num_attention_heads // mesh_sizes(config.mesh)["tensor"]
+    qk, V, row = c.qk_head_dim, c.v_head_dim, c.latent_dim
+    if stage.attention == "sparse":
+        # Queries and their gradient, the result in the latent space, two of a value's width.
+        return t * N * (2 * row + c.kv_lora_rank + 2 * V) * _BF16
+    keys = t * ways(config.mesh, 1)  # of a whole sequence
+    held = t * qk + keys * (qk + V)
+    if stage is not Stage.WARMUP:
+        return (held + t * V) * N * _BF16
+    # Keys and values as their projection leaves them, and the gradient of the indexer's queries.
+    indexer = t * (c.index_n_heads or 0) * (c.index_head_dim or 0)
+    return ((held + keys * (c.qk_nope_head_dim + V)) * N + indexer) * _BF16
+
+
+def _workspace(config: TrainConfig, t: int) -> int:
+    """Rows of dKV, one for every query and key it selects."""
+    c = config.model
+    if config.stage.attention != "sparse":
+        return 0
+    return min(t * (c.index_topk or 0), _ADDED_ROWS) * c.latent_dim * _BF16
+
+
+def _experts(config: TrainConfig, t: int) -> int:
+    """Copies of tokens for their experts, and the experts' activations."""
+    c = config.model
+    if not c.moe_layers:
+        return 0
+    backward = config.stage is not Stage.WARMUP
+    D, F = c.hidden_size, c.moe_intermediate_size // mesh_sizes(config.mesh)["tensor"]
+    rows = t * c.num_experts_per_tok
+    if _dealt(config) > 1:  # they travel, and arrive where there is room for more of them
+        return int(ROOM * rows) * (5 if backward else 3) * (D + F) * _BF16
+    return rows * ((3 * D + 2 * F) if backward else (D + 3 * F)) * _BF16
 
 
 def traffic(config: TrainConfig, per_host: int = 8) -> list[Traffic]:

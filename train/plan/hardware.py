@@ -70,23 +70,25 @@ class Rates:
     """What is reached of the hardware: TFLOP/s by what runs, GB/s by link. All are assumptions."""
 
     # Products with weights, bf16.
-    matmul: float = 650.0
+    matmul: float = 620.0
     # The experts' grouped products.
-    experts: float = 540.0
+    experts: float = 680.0
     # Dense attention, forward.
-    dense_attention: float = 600.0
+    dense_attention: float = 680.0
     # Dense attention, gradient.
-    dense_attention_gradient: float = 400.0
+    dense_attention_gradient: float = 430.0
     # Sparse attention, forward: random keys at 128K.
-    sparse_attention: float = 550.0
+    sparse_attention: float = 575.0
     # Sparse attention, gradient.
-    sparse_attention_gradient: float = 260.0
-    # The indexer's scores and their top-k in e4m3, a causal sequence at 128K. In bf16 half of it.
-    indexer: float = 1000.0
+    sparse_attention_gradient: float = 280.0
+    # The indexer's scores and their top-k in e4m3, a causal sequence at 128K.
+    indexer: float = 1050.0
+    # The same in bf16.
+    indexer_bf16: float = 540.0
     # The warm-up loss, value and gradient.
-    kl_dense: float = 440.0
+    kl_dense: float = 470.0
     # The sparse stage's loss, value and gradient.
-    kl_sparse: float = 330.0
+    kl_sparse: float = 360.0
     # Share of the data sheet's memory bandwidth that elementwise work reaches.
     hbm_share: float = 0.85
     # GB/s that a GPU sends over NVLink inside a host.

@@ -249,9 +249,7 @@ def _dot_flop(
         return total
     if instruction.op == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-    elif instruction.op == "custom-call" and "$gemm" in instruction.attributes + (
-        _target(instruction) or ""
-    ):
+    elif (_target(instruction) or "").startswith("__cublas$"):
         contracted = re.search(
             r'"lhs_contracting_dimensions":\[([\d",]*)\]', instruction.attributes
         )

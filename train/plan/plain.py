@@ -81,10 +81,12 @@ def to_json(report: Report) -> dict[str, Any]:
                 "bytes": one.bytes,
                 "fits": one.fits,
                 "step_seconds": one.estimate.step,
+                "compiled_bytes": report.tried.get(one.config.mesh),
                 "source": "counted",
             }
             for one in report.candidates
         ],
+        "enough_devices": report.enough,
         "compile_seconds": compiled.seconds if compiled else None,
         "implementations": compiled.implementations if compiled else {},
         "notes": report.notes,

@@ -76,6 +76,9 @@ class Report:
         estimate: of a step.
         recipe: the published stages.
         candidates: other meshes, the best first; empty unless searched.
+        tried: bytes of a device on each mesh that was compiled, in this order.
+        enough: devices that would do where these do not, by arithmetic; None: not searched for, or
+            none found.
         notes: what a reader must know, one line each.
     """
 
@@ -91,6 +94,8 @@ class Report:
     recipe: list[Recipe]
     candidates: list[Candidate]
     notes: list[str]
+    tried: dict[MeshConfig, int] = dataclasses.field(default_factory=dict)
+    enough: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -122,34 +127,66 @@ def make(
     options = options.resolved()
     model = model or architecture(options.preset)
     backend = _backend(options)
-    candidates: list[Candidate] = []
-    if options.mesh_is_open or options.search:
-        train_config(options, model, MeshConfig())  # what is wrong whatever the mesh
-        on_phase("counting meshes")
-        candidates = search.rank(options, model)
-        tried = candidates[: _TRIES if options.search and backend else 1]
-    else:
+    if not (options.mesh_is_open or options.search):
         config = train_config(options, model, options.mesh)
-        tried = [search.count(options, config, counted.shapes_of(config))]
-    report, best = None, None
-    for number, candidate in enumerate(tried, 1):
-        compiled = None
-        if backend is not None:
-            prefix = f"mesh {number} of at most {len(tried)}: " if len(tried) > 1 else ""
-            compiled = compile_step(
-                candidate.config,
-                options.hardware,
-                backend,
-                lambda phase, prefix=prefix: on_phase(prefix + phase),
-                options.text,
-            )
-        report = assemble(options, candidate, compiled, candidates if options.search else [])
-        if best is None or report.bytes < best.bytes or report.fits:
-            best = report
-        if report.fits:
+        only = search.count(options, config, counted.shapes_of(config))
+        return _compiled(options, only, backend, on_phase, [])
+    train_config(options, model, MeshConfig())  # what is wrong whatever the mesh
+    on_phase("counting meshes")
+    candidates = search.rank(options, model)
+    if options.search and backend is not None:
+        found = _search(options, candidates, backend, on_phase)
+    else:
+        listed = candidates if options.search else []
+        found = _compiled(options, candidates[0], backend, on_phase, listed)
+    if found.fits:
+        return found
+    on_phase("counting devices")
+    return dataclasses.replace(found, enough=search.enough(options, model, candidates))
+
+
+def _search(
+    options: PlanOptions,
+    candidates: list[Candidate],
+    backend: Backend,
+    on_phase: Callable[[str], None],
+) -> Report:
+    """Compiles the best meshes until one fits; of those that do not, the smallest is planned."""
+    limit = int(options.hardware.memory * options.memory_share)
+    chosen = search.to_compile(candidates, limit, _TRIES)
+    if not chosen:
+        found = assemble(options, candidates[0], None, candidates)
+        note = "nothing was compiled: by arithmetic no mesh comes near to fitting"
+        return dataclasses.replace(found, notes=[note])
+    tried, best = {}, None
+    for number, candidate in enumerate(chosen, 1):
+        say = _numbered(on_phase, f"mesh {number} of at most {len(chosen)}")
+        found = _compiled(options, candidate, backend, say, candidates)
+        tried[candidate.config.mesh] = found.bytes
+        if best is None or found.fits or found.bytes < best.bytes:
+            best = found
+        if found.fits:
             break
     assert best is not None
-    return best
+    return dataclasses.replace(best, tried=tried)
+
+
+def _numbered(on_phase: Callable[[str], None], mesh: str) -> Callable[[str], None]:
+    return lambda phase: on_phase(f"{mesh}: {phase}")
+
+
+def _compiled(
+    options: PlanOptions,
+    candidate: Candidate,
+    backend: Backend | None,
+    on_phase: Callable[[str], None],
+    candidates: list[Candidate],
+) -> Report:
+    """The plan of a mesh, compiled unless there is nothing to compile it with."""
+    compiled = None
+    if backend is not None:
+        compiled = compile_step(candidate.config, options.hardware, backend, on_phase, options.text)
+    return assemble(options, candidate, compiled, candidates)
 
 
 def _backend(options: PlanOptions) -> Backend | None:

@@ -15,6 +15,9 @@ from train.plan.options import PlanOptions, train_config
 
 # Heads are cut inside a host only: their sums are on the way of every layer.
 _TENSOR = (1, 2, 4, 8)
+# What arithmetic puts above this share of the limit is not worth compiling.
+_NEAR = 1.15
+_MOST_DEVICES = 1 << 14
 
 
 class Candidate(NamedTuple):
@@ -39,6 +42,11 @@ class Candidate(NamedTuple):
         """All that a device must hold."""
         held = self.state.parameter_bytes + self.state.optimizer_bytes
         return held + sum(self.temporaries.values())
+
+    @property
+    def held(self) -> int:
+        """Parameters, optimizer and gradients once: what no way to compute does without."""
+        return self.state.parameter_bytes + self.state.optimizer_bytes + self.state.gradient_bytes
 
 
 def meshes(devices: int) -> Iterator[MeshConfig]:
@@ -98,6 +106,49 @@ def rank(options: PlanOptions, model: ModelConfig) -> list[Candidate]:
             f"{problem}"
         )
     return sorted(found, key=_order)
+
+
+def to_compile(candidates: list[Candidate], limit: int, number: int) -> list[Candidate]:
+    """Which meshes to compile, one after the other, until one fits.
+
+    The fastest of those that arithmetic puts near the limit or below it; as the last, the one of
+    them that takes the least memory.
+
+    Args:
+        candidates: as `rank` returns them.
+        limit: bytes that may be filled.
+        number: of tries.
+    """
+    near = [one for one in candidates if one.bytes <= _NEAR * limit]
+    if len(near) <= number:
+        return near
+    first = near[: number - 1]
+    return [*first, min(near[number - 1 :], key=lambda one: one.bytes)]
+
+
+def enough(options: PlanOptions, model: ModelConfig, candidates: list[Candidate]) -> int | None:
+    """How many devices would do, by arithmetic: those planned, doubled until a mesh fits.
+
+    Args:
+        options: of a plan that does not fit.
+        model: the architecture.
+        candidates: its meshes.
+
+    Returns:
+        The number; None if the run cannot be cut over enough devices.
+    """
+    limit = options.hardware.memory * options.memory_share
+    least = options.devices * min(one.held for one in candidates)
+    devices = 2 * options.devices
+    while devices <= _MOST_DEVICES:
+        if least <= devices * limit:  # else not even the state goes into so many
+            try:
+                if rank(dataclasses.replace(options, devices=devices), model)[0].fits:
+                    return devices
+            except ValueError:
+                return None
+        devices *= 2
+    return None
 
 
 def _order(one: Candidate) -> tuple:

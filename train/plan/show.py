@@ -190,29 +190,66 @@ def _recipe(console: Console, report: Report) -> None:
 
 
 def _candidates(console: Console, report: Report) -> None:
-    table = _table("Meshes by arithmetic (counted)", "mesh", "GB", "step, s", "fits", "")
-    for one in report.candidates[:_ROWS]:
+    table = _table(
+        "Meshes by arithmetic (counted)", "mesh", "GB", "step, s", "fits", "compiled, GB", ""
+    )
+    for number, one in enumerate(report.candidates):
+        mesh = one.config.mesh
+        if number >= _ROWS and mesh not in report.tried:
+            continue
+        compiled = report.tried.get(mesh)
         table.add_row(
-            _mesh(one.config.mesh),
+            _mesh(mesh),
             _gb(one.bytes),
             _number(one.estimate.step),
             "yes" if one.fits else "no",
-            "the plan above" if one.config.mesh == report.config.mesh else "",
+            "" if compiled is None else _gb(compiled),
+            "the plan above" if mesh == report.config.mesh else "",
         )
     console.print(table, "")
 
 
 def _verdict(console: Console, report: Report) -> None:
-    gap = _gb(abs(report.limit - report.bytes))
+    for line in verdict(report):
+        console.print(line, highlight=False)
+
+
+def verdict(report: Report) -> list[str]:
+    """Yes or no, why, and the way out: sentences, marked up."""
+    gap, devices = _gb(abs(report.limit - report.bytes)), report.options.devices
+    searched = bool(report.candidates) or report.options.mesh_is_open
     if report.fits:
-        console.print(f"[bold green]It fits[/], with {gap} GB to spare.", highlight=False)
-        return
-    largest = max(report.memory, key=lambda figure: figure.bytes).name
-    way_out = {
-        "parameters": "cut them over more devices (mesh.fsdp, mesh.expert, mesh.context)",
-        "optimizer": "cut it over more devices (mesh.fsdp, mesh.expert, mesh.context)",
-    }.get(largest, "take more devices or a larger mesh.context, or let --search look for a mesh")
-    console.print(
-        f"[bold red]It does not fit[/]: {gap} GB too much. Most goes to {largest}: {way_out}.",
-        highlight=False,
-    )
+        said = [f"[bold green]It fits[/], with {gap} GB to spare."]
+        if searched and devices > 1:
+            said.append(f"The mesh as flags: {flags(report.config.mesh)}")
+        return said
+    said = [f"[bold red]It does not fit[/]: {gap} GB a device too much."]
+    state = report.state
+    held = state.parameter_bytes + state.optimizer_bytes + state.gradient_bytes
+    if held > report.limit:
+        said.append(
+            f"Parameters, optimizer and gradients alone take {_gb(held)} GB of a device, which "
+            f"may be filled up to {_gb(report.limit)}."
+        )
+    else:
+        largest = max(report.memory, key=lambda figure: figure.bytes)
+        said.append(f"Most goes to {largest.name}: {_gb(largest.bytes)} GB.")
+    if not searched:
+        said.append("Let --search look for a mesh that fits, or take more devices.")
+    elif report.enough:
+        said.append(
+            f"No mesh of {devices} devices fits; by arithmetic {report.enough} devices do: "
+            f"--devices {report.enough} --search"
+        )
+    else:
+        said.append(
+            f"No mesh of {devices} devices fits, and more of them have nothing to divide: take "
+            "GPUs with more memory, shorter sequences (--sequence-length), or --remat full."
+        )
+    return said
+
+
+def flags(mesh: MeshConfig) -> str:
+    """A mesh as arguments of `python -m train plan` and `python -m train run`."""
+    sizes = mesh_sizes(mesh).items()
+    return " ".join(f"--mesh.{axis} {n}" for axis, n in sizes if n > 1)

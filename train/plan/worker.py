@@ -29,6 +29,10 @@ from train.plan import collectives, hlo
 from train.plan.options import mesh_sizes
 from train.start import plan
 
+# Without a GPU there is nothing to tune Triton's products on, and its default tiles can take twenty
+# times as long as cuBLAS, which chooses well by itself.
+_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
 
 class Job(NamedTuple):
     """What to compile.
@@ -78,7 +82,7 @@ def compile(job: Job) -> dict[str, Any]:
     with jax.set_mesh(mesh), dispatch.recorded() as implementations:
         lowered = lower(job.config, mesh, kernels=job.target is not None)
         say(phase="compiling")
-        compiled = lowered.compile()
+        compiled = lowered.compile(None if job.target is None else _OPTIONS)
     say(phase="reading the program")
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if text is None or memory is None:

@@ -16,6 +16,7 @@ from train.__main__ import main
 from train.checkpoints import Checkpoints
 from train.cost import LayerShape
 from train.demo_presets import PRESETS, StagePlan
+from train.demo_seed import changed_arrays
 from train.ladder import LADDER, LONG, SWEEP
 from train.load import load_model
 from train.needles import Grid
@@ -230,7 +231,7 @@ def test_the_report_can_be_written_again(finished):
 def test_changed_arrays_sees_one_bit(finished):
     folder, _ = finished
     model = load_model(folder / "seed-0" / "warmup")
-    assert demo.changed_arrays(model, model) == 0
+    assert changed_arrays(model, model) == 0
     leaves, tree = jax.tree.flatten(model)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.flatten_with_path(model)[0]]
     main = next(i for i, path in enumerate(paths) if "indexer" not in path)
@@ -240,7 +241,7 @@ def test_changed_arrays_sees_one_bit(finished):
         flat = np.array(changed[place]).reshape(-1)
         flat[-1] = np.nextafter(flat[-1], np.inf)
         changed[place] = flat.reshape(leaves[place].shape)
-        assert demo.changed_arrays(model, jax.tree.unflatten(tree, changed)) == expected
+        assert changed_arrays(model, jax.tree.unflatten(tree, changed)) == expected
 
 
 def test_a_model_is_found_in_whatever_a_run_left(finished):

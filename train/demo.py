@@ -26,12 +26,13 @@ import tyro
 from rich.console import Console
 
 from pallas_kernels import dispatch
-from train import corpus, cost, report
+from train import corpus, report
 from train.config import TrainConfig, to_dict
 from train.corpus import Corpus
-from train.demo_evaluation import progress_bar
+from train.demo_evaluation import measure_cost
 from train.demo_presets import PRESETS, Preset
 from train.demo_seed import Interrupted, Seed
+from train.laps import Laps
 from train.stages import Stage
 from train.state import skeleton_of
 from train.tracker import read_metrics
@@ -93,6 +94,7 @@ def run(config: DemoConfig, console: Console) -> Path:
 
 
 def _run(config: DemoConfig, console: Console) -> Path:
+    laps = Laps()
     name = preset_name(config)
     preset = PRESETS[name]()
     settings = {"preset": name, "seeds": config.seeds, "seed": config.seed, **to_dict(preset)}
@@ -109,13 +111,16 @@ def _run(config: DemoConfig, console: Console) -> Path:
         f"{', '.join(corpus.HELD_OUT)} ({text.held_out_bytes:,} bytes). Run in {folder}",
         highlight=False,
     )
+    laps.end("text")
     served = implementations(preset)
     console.print(report.implementation_table(served))
     seeds = range(config.seed, config.seed + config.seeds)
     with _quick_compiles() if preset.quick_compiles else contextlib.nullcontext():
-        runs = [Seed(preset, folder, text, seed, console).run() for seed in seeds]
+        runs = [Seed(preset, folder, text, seed, console, laps).run() for seed in seeds]
     results = _results(config, name, preset, text, runs) | {"implementations": served}
-    results["cost"] = _measure_cost(preset, console)
+    results["cost"] = measure_cost(preset, console)
+    laps.end("time by position")
+    results |= {"seconds": laps.total, "laps": laps.seconds}
     _write_json(folder / "results.json", results)
     _collect_metrics(folder, results)
     path = report.write(folder)
@@ -236,29 +241,11 @@ def _results(
             "date": datetime.date.today().isoformat(),
         },
         "command": shlex.join(command),
-        "seconds": sum(run["seconds"] for run in runs),
         "snapshot": f"seed-{first['seed']}/selection.npz",
         # The layer that looks furthest back has the most to select.
         "snapshot_layer": int(np.argmin(recency)),
         "sample": first["sample"],
         "runs": runs,
-    }
-
-
-def _measure_cost(preset: Preset, console: Console) -> dict[str, Any]:
-    with progress_bar(console) as progress:
-        task = progress.add_task("time by position", total=len(preset.cost_positions))
-        measured = cost.measure(
-            preset.cost_shape,
-            preset.cost_positions,
-            tokens=preset.cost_sequences,
-            repeats=9,
-            dtype=preset.compute_dtype,
-            report=lambda position: progress.advance(task),
-        )
-    return {
-        "shape": dataclasses.asdict(preset.cost_shape),
-        "measured": [dataclasses.asdict(point) for point in measured],
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ from train import corpus, ladder
 from train.ahead import Ahead
 from train.config import CheckpointConfig, TrainConfig
 from train.corpus import Corpus
-from train.demo_evaluation import Exam
+from train.demo_evaluation import Exam, measure_cost
 from train.demo_presets import Preset, StagePlan
+from train.laps import Laps
 from train.load import starting_model
 from train.loop import TrainResult, compile_step, train
+from train.sources import open_corpus
 from train.stages import Group, Stage, group_of
 from train.state import Skeleton
 from train.tracker import read_metrics
@@ -37,10 +38,18 @@ class Interrupted(RuntimeError):
 class Seed:
     """The four stages, the ladders and the sample of one seed."""
 
-    def __init__(self, preset: Preset, folder: Path, text: Corpus, seed: int, console: Console):
+    def __init__(
+        self,
+        preset: Preset,
+        folder: Path,
+        text: Corpus,
+        seed: int,
+        console: Console,
+        laps: Laps,
+    ):
         self.preset, self.root, self.text, self.seed = preset, folder, text, seed
         self.folder = folder / f"seed-{seed}"
-        self.console = console
+        self.console, self.laps = console, laps
         self.exam = Exam(preset, text, root=folder, seed=seed)
         self.steps: dict[str, Future] = {}
 
@@ -50,11 +59,12 @@ class Seed:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        began = time.perf_counter()
         p = self.preset
         self.compile_ahead()
+        self.laps.end("first compilation")
         dense = self.stage(_DENSE, Stage.DENSE, p.dense, None)
         models = {ladder.GRAFTED: self.graft(dense)}
+        self.laps.end("graft")
         warmed = self.stage(_WARMUP, Stage.WARMUP, p.warmup, dense.checkpoint_dir)
         # Both go on from the warm-up's checkpoint: the same main weights, to the bit, as the dense
         # one, and the same place in the data. The control ignores its indexer.
@@ -69,13 +79,16 @@ class Seed:
         out: dict[str, Any] = {"seed": self.seed}
         out["stages"] = {name: self.describe(name, result) for name, result in stages.items()}
         out["parameters"] = _count(sparse.model)
+        self.ahead.wait()  # else both would compile what is not done yet
+        self.laps.end("other compilations")
         out |= self.exam.take(models, self.folder / "selection.npz", self.console)
+        self.laps.end("evaluation")
         out["checks"]["changed_frozen_arrays"] = changed_arrays(
             models[ladder.GRAFTED], models[ladder.WARMED]
         )
         self.console.print("writing a sample")
         out["sample"] = self.sample(sparse.model)
-        out["seconds"] = time.perf_counter() - began
+        self.laps.end("sample")
         return out
 
     def compile_ahead(self) -> None:
@@ -85,15 +98,22 @@ class Seed:
             return
         dense = self.config(_DENSE, Stage.DENSE, p.dense, None)
         self.steps[_DENSE] = self.ahead.submit(compile_step, dense)
-        self.steps[_DENSE].result()  # before others compete with it
+        text = self.ahead.submit(open_corpus, dense.data, p.model.vocab_size, self.root / "tokens")
+        for first in (self.steps[_DENSE], text):  # before others compete with them
+            first.result()
         warmup = self.config(_WARMUP, Stage.WARMUP, p.warmup, None)
         sparse = self.config(_SPARSE, Stage.SPARSE, p.sparse, None)
         control = self.config(_CONTROL, Stage.DENSE, p.sparse, None)
         for name, config in ((_WARMUP, warmup), (_SPARSE, sparse), (_CONTROL, control)):
             self.steps[name] = self.ahead.submit(compile_step, config)
-        rehearsed = starting_model(warmup)
-        self.exam.rehearse(self.ahead, rehearsed)
-        self.ahead.submit(self.sample, rehearsed)
+        self.ahead.submit(self.rehearse, warmup)
+
+    def rehearse(self, config: TrainConfig) -> None:
+        """Has all else compiled, with a model of no worth."""
+        model = starting_model(config)
+        self.exam.rehearse(self.ahead, model)
+        self.ahead.submit(self.sample, model)
+        self.ahead.submit(measure_cost, self.preset, Console(quiet=True), 1)
 
     def config(self, name: str, stage: Stage, stage_plan: StagePlan, source: Path | None):
         """One stage's run."""
@@ -121,6 +141,7 @@ class Seed:
         config = self.config(name, stage, stage_plan, source)
         step = self.steps[name].result() if name in self.steps else None
         result = train(config, step=step, console=self.console)
+        self.laps.end(name)
         if result.interrupted:
             raise Interrupted(
                 f"stopped at step {result.step} of {name}, saved in {result.checkpoint_dir}; "

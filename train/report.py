@@ -380,6 +380,7 @@ def _setup(results: Results) -> str:
             [name, str(stage["steps"]), f"{stage['tokens']:,}", stage["rates"],
              f"{stage['seconds']:.0f} s", f"`{stage['checkpoint']}`"]
         )  # fmt: skip
+    laps = "; ".join(f"{part} {seconds:.0f}" for part, seconds in results["laps"].items())
     served = "; ".join(f"`{op}` {what}" for op, what in results.get("implementations", {}).items())
     served = f"Ops in training: {served}.\n\n" if served else ""
     stages = _markdown_table(
@@ -395,7 +396,8 @@ def _setup(results: Results) -> str:
         f"Every loss above is over {corpus['scored']:,} held-out bytes in rows of "
         f"{results['length']}, spread evenly over those books.\n\n"
         f"Machine: {machine['device']}, {machine['cores']} cores, jax {machine['jax']}, "
-        f"{machine['date']}; {results['seconds']:.0f} s in all. Again: `{results['command']}`. "
+        f"{machine['date']}; {results['seconds']:.0f} s in all ({laps}). Again: "
+        f"`{results['command']}`. "
         "Every training record is in `metrics.jsonl`, every number of this page in "
         "`results.json`.\n\n"
         f"Limits: {len(results['runs'])} seed(s), a small model, short rows. "

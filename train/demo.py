@@ -26,7 +26,7 @@ import tyro
 from rich.console import Console
 
 from pallas_kernels import dispatch
-from train import corpus, report
+from train import corpus, lessons, report
 from train.config import TrainConfig, to_dict
 from train.corpus import Corpus
 from train.demo_evaluation import measure_cost
@@ -103,9 +103,18 @@ def _run(config: DemoConfig, console: Console) -> Path:
         folder / "text",
         length=preset.length,
         held_out_lengths=preset.held_out_lengths,
-        mixture=preset.mixture,
         hide=preset.needles is not None,
     )
+    if preset.lessons:
+        path = lessons.write(
+            folder / "text" / "lessons.jsonl",
+            preset.lessons,
+            text.train_text,
+            length=preset.length,
+            planned=preset.batch_size * preset.dense.steps,
+            count=preset.rows,
+        )
+        text = text._replace(train=path)
     console.print(
         f"{text.train_bytes:,} bytes of the King James Version to train on; held out: "
         f"{', '.join(corpus.HELD_OUT)} ({text.held_out_bytes:,} bytes). Run in {folder}",
@@ -232,7 +241,7 @@ def _results(
             "held_out_bytes": text.held_out_bytes,
             "held_out": list(corpus.HELD_OUT),
             "scored": first["scored"],
-            "mixture": list(preset.mixture),
+            "lessons": [dataclasses.asdict(lesson) for lesson in preset.lessons],
         },
         "machine": {
             "device": jax.devices()[0].device_kind,

@@ -198,6 +198,7 @@ class Exam:
             sources=(str(path),),
             mark_start=False,
             mark_end=False,
+            shuffle=not self.preset.lessons,  # they come in their order
             token_cache=self.root / "tokens",
         )
 

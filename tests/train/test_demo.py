@@ -18,6 +18,7 @@ from train.cost import LayerShape
 from train.demo_presets import PRESETS, StagePlan
 from train.demo_seed import changed_arrays
 from train.ladder import LADDER, LONG, SWEEP
+from train.lessons import Lesson
 from train.load import load_model
 from train.needles import Grid
 from train.tracker import read_metrics
@@ -34,7 +35,7 @@ def test_presets_are_consistent(name):
     assert preset.length in preset.buckets
     assert list(preset.buckets) == sorted(set(preset.buckets))
     assert topk not in preset.sweep
-    assert not any(preset.length % length for length in preset.mixture)
+    assert not any(preset.length % lesson.length for lesson in preset.lessons)
     if preset.needles is not None:
         assert preset.length in preset.needles.lengths
         assert max(preset.needles.lengths) <= preset.model.max_position_embeddings
@@ -99,7 +100,12 @@ def tiny_preset():
         sweep=(8,),
         local=4,
         buckets=(4, 32, 64, 96),
-        mixture=(32, 64),
+        lessons=(
+            Lesson("loop", 16, 0.0, 0.3),
+            Lesson("echo", 32, 0.2, 0.5),
+            Lesson("drill", 32, 0.3, 0.8),
+            Lesson("text", 64, 0.6, 1.0),
+        ),
         needles=Grid((64, 96), (0.2, 0.8), 2, 2),
         sample_length=72,
         picture_length=48,

@@ -236,10 +236,15 @@ def positions(results: Results) -> Figure:
     """Mass recall against position, for rows of the training length and for longer ones."""
     rungs = ("untrained", "recent", "warmed", "sparse")
     count = len(results["runs"][0]["ladder"]["dense"]["layers"]["kl"])
+    columns = min(count, 3)
+    rows = -(-count // columns)
     figure, panels = plt.subplots(
-        1, count, figsize=(4.2 * count, 3.8), layout="constrained", sharey=True, squeeze=False
-    )
-    for layer, axes in enumerate(panels[0]):
+        rows, columns, figsize=(4.2 * columns, 3.8 * rows), layout="constrained", sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for unused in panels.flat[count:]:
+        unused.set_axis_off()
+    for layer, axes in enumerate(panels.flat[:count]):
         for rung in rungs:
             _by_position(axes, results, "mass_recall", rung, layer, COLORS[rung], TITLES[rung])
         _by_position(axes, results, "oracle_mass", "sparse", layer, COLORS["oracle"], "oracle")
@@ -249,7 +254,8 @@ def positions(results: Results) -> Figure:
             fontsize=8,
         )  # fmt: skip
         axes.set(title=f"Layer {layer}", xlabel="visible keys", ylim=(0, 1.02))
-    panels[0, 0].set_ylabel(f"attention mass in {results['topk']} keys")
+    for row in panels:
+        row[0].set_ylabel(f"attention mass in {results['topk']} keys")
     _legend_once(panels[0, -1], loc="lower left", bbox_to_anchor=(1.0, 0.2))
     return figure
 
@@ -293,7 +299,11 @@ def layers(results: Results) -> Figure:
                     label="oracle, same states",
                 )  # fmt: skip
         panel.set(title=title, ylim=(0, 1.05))
-        panel.set_xticks(range(count), [f"layer {layer}" for layer in range(count)])
+        if count > 3:
+            panel.set_xticks(range(count))
+            panel.set_xlabel("layer")
+        else:
+            panel.set_xticks(range(count), [f"layer {layer}" for layer in range(count)])
         panel.grid(axis="x", visible=False)
     handles, labels = axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))

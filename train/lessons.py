@@ -118,7 +118,7 @@ def rows(
         raise ValueError(f"lessons: {uneven} do not divide length={length}; they must fill rows")
     rng = random.Random(seed)
     for number in range(count):
-        when = min(number / planned, 1.0)
+        when = number / planned
         live = [x for x in lessons if x.begin <= when and (when < x.end or x.end == 1.0)]
         if not live:
             raise ValueError(f"lessons: there is none at {when:.3f} of the planned rows; add one")

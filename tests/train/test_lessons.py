@@ -44,14 +44,14 @@ def test_an_echo_says_words_again_in_another_order():
     assert any(len(following) > 1 for following in after.values())
 
 
-def test_a_drill_asks_for_all_it_has_shown_in_changing_order():
+def test_a_drill_asks_for_all_it_has_shown_in_another_order():
     text = document("drill", 128)
     assert len(text) == 128
     shown, *rounds = text.split("\n")
     hidden = shown.split(" ")
     assert len(hidden) == 128 // 2 // 9
     assert sorted(rounds[: len(hidden)]) == sorted(hidden)
-    assert rounds[: len(hidden)] != rounds[len(hidden) : 2 * len(hidden)]
+    assert rounds[: len(hidden)] != hidden
 
 
 def test_running_text_hides_needles_and_asks_for_them():
@@ -107,9 +107,11 @@ def test_impossible_plans_are_refused():
 
 
 def test_the_file_holds_the_rows_in_their_order(tmp_path):
-    path = lessons.write(tmp_path / "rows.jsonl", PLAN, TEXT, length=128, planned=40, count=40)
+    path = lessons.write(
+        tmp_path / "rows.jsonl", PLAN, TEXT, length=128, planned=40, count=40, seed=1
+    )
     read = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    assert read == [document for row in rows() for document in row]
+    assert read == [document for row in rows(seed=1) for document in row]
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 

@@ -229,7 +229,7 @@ def _gpu() -> Preset:
         long_length=16_384,
         batch_size=1,  # looking up is learnt in steps more than in tokens
         compute_dtype="bfloat16",
-        dense=StagePlan(4000, rate=1e-3, indexer_rate=0.0, final_fraction=0.1),
+        dense=StagePlan(3200, rate=1e-3, indexer_rate=0.0, final_fraction=0.1),
         warmup=StagePlan(400, rate=0.0, indexer_rate=2e-3),
         sparse=StagePlan(300, rate=3e-4, indexer_rate=1e-3),
         scored_rows=4,

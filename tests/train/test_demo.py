@@ -44,6 +44,14 @@ def test_presets_are_consistent(name):
     assert preset.cost_shape.mqa_flop / preset.cost_shape.indexer_flop == 17
 
 
+@pytest.mark.parametrize(("hopper", "chosen"), [(True, "gpu"), (False, "cpu")])
+def test_the_machine_decides_unless_told(monkeypatch, hopper, chosen):
+    monkeypatch.setattr(demo.dispatch, "hopper_is_default", lambda: hopper)
+    assert demo.preset_name(demo.DemoConfig()) == chosen
+    assert demo.preset_name(demo.DemoConfig(preset="cpu")) == "cpu"
+    assert demo.preset_name(demo.DemoConfig(smoke=True)) == "smoke"
+
+
 # --- folders --------------------------------------------------------------------------------------
 
 

@@ -26,10 +26,11 @@ import numpy as np
 
 from benchmarks.timing import environment
 from pallas_kernels import dispatch
-from train import corpus
+from train import corpus, lessons
 from train.config import DataConfig, TrainConfig
 from train.data import Batch, Rows
 from train.demo_presets import PRESETS
+from train.lessons import Lesson
 from train.optimizer import make_optimizer
 from train.sources import open_corpus
 from train.stages import Stage
@@ -87,15 +88,17 @@ def stage_run(stage: Stage) -> Callable[[Params, Mapping[str, Any]], tuple[Param
 
 def batches(folder: Path) -> Iterator[Batch]:
     """The demo's text in its own order, `[steps, B, T]` a stage."""
-    text = corpus.write(
-        folder, length=LENGTH, held_out_lengths=(), mixture=(256, 512, LENGTH), hide=True
+    text = corpus.write(folder, length=LENGTH, held_out_lengths=()).train_text
+    kinds = [Lesson("text", length, 0.0, 1.0) for length in (256, 512, LENGTH)]
+    count = len(STAGES) * STEPS * ROWS
+    path = lessons.write(
+        folder / "rows.jsonl", kinds, text, length=LENGTH, planned=count, count=count
     )
     data = DataConfig(
-        sources=(str(text.train),), mark_start=False, mark_end=False, token_cache=folder / "tokens"
+        sources=(str(path),), mark_start=False, mark_end=False, token_cache=folder / "tokens"
     )
     rows = Rows(open_corpus(data, config(Stage.DENSE).model.vocab_size, folder / "tokens"), LENGTH)
-    order = np.random.default_rng(0).permutation(len(rows) - 1)[: len(STAGES) * STEPS * ROWS]
-    for part in np.split(order, len(STAGES)):
+    for part in np.split(np.arange(count), len(STAGES)):
         taken = [rows[int(row)] for row in part]
         shape = (STEPS, ROWS, LENGTH)
         yield {name: np.stack([row[name] for row in taken]).reshape(shape) for name in taken[0]}

@@ -16,10 +16,19 @@ class Ahead:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_THREADS)
+        self._work: list[Future] = []
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
         """Calls the function, some time soon; those submitted first begin first."""
-        return self._pool.submit(contextvars.copy_context().run, function, *arguments)
+        work = self._pool.submit(contextvars.copy_context().run, function, *arguments)
+        self._work.append(work)
+        return work
+
+    def wait(self) -> None:
+        """Until all of it is done, what it submits itself included. Nothing is raised here: what
+        failed ahead of time fails again in its own."""
+        while self._work:
+            self._work.pop(0).exception()
 
     def __enter__(self) -> Ahead:
         return self

@@ -269,7 +269,7 @@ def _needle_claims(length: int) -> tuple[Claim, ...]:
             ),
             "<=",
             0.02,
-            "the number under a name lies anywhere in the row, and no other key tells it",
+            "what follows two letters stands at one place in the row, and no other key tells it",
         ),
     )
 

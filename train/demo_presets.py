@@ -11,6 +11,7 @@ from dsa_jax import presets
 from dsa_jax.config import ModelConfig
 from train.config import BranchConfig, OptimizerConfig, TrainConfig
 from train.cost import LayerShape
+from train.lessons import Lesson
 from train.needles import Grid
 from train.stages import Stage
 
@@ -75,7 +76,8 @@ class Preset:
         cost_shape: of the layer that is timed.
         cost_positions: cached keys at which it is timed.
         cost_sequences: how many decode at once when it is timed.
-        mixture: lengths of the documents that fill the training rows; empty: one fills a row.
+        lessons: what the training rows are made of, in its order, planned over the dense stage;
+            empty: the books themselves, shuffled.
         needles: what is asked of every model; None: rows hold no needles.
         sample_length: bytes of the row whose second half the model writes; None: `length`.
         picture_length: tokens of the row whose selection is drawn; None: `length`.
@@ -103,13 +105,18 @@ class Preset:
     cost_shape: LayerShape
     cost_positions: tuple[int, ...]
     cost_sequences: int = 4
-    mixture: tuple[int, ...] = ()
+    lessons: tuple[Lesson, ...] = ()
     needles: Grid | None = None
     sample_length: int | None = None
     picture_length: int | None = None
     remat: str = "none"
     compile_ahead: bool = False
     quick_compiles: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows that the stages read one after another."""
+        return self.batch_size * (self.dense.steps + self.warmup.steps + self.sparse.steps)
 
     @property
     def held_out_lengths(self) -> tuple[int, ...]:
@@ -179,6 +186,20 @@ def _smoke() -> Preset:
     )
 
 
+# What makes the model look things up. With rows of text from the first step on it never does.
+_LESSONS = (
+    Lesson("loop", 128, 0.0, 0.15),
+    Lesson("echo", 128, 0.075, 0.25),
+    Lesson("drill", 128, 0.15, 0.35),
+    Lesson("text", 256, 0.225, 0.55, spacing=32),
+    Lesson("text", 512, 0.26, 0.6, spacing=32),
+    Lesson("text", 1024, 0.34, 1.0, weight=0.5),
+    Lesson("text", 2048, 0.41, 1.0, weight=0.5),
+    Lesson("text", 4096, 0.45, 1.0),
+    Lesson("text", 8192, 0.5, 1.0, weight=2.0),
+)
+
+
 def _gpu() -> Preset:
     """For one Hopper GPU. Widths are those that the kernels serve."""
     model = presets.get("demo").replace(
@@ -200,16 +221,17 @@ def _gpu() -> Preset:
         index_head_dim=128,
         index_topk=256,
         max_position_embeddings=16_384,
+        rope_theta=1000.0,  # no phase at 8192 that short documents have not seen
     )
     return Preset(
         model=model,
         length=8192,
         long_length=16_384,
-        batch_size=4,
+        batch_size=1,  # looking up is learnt in steps more than in tokens
         compute_dtype="bfloat16",
-        dense=StagePlan(700, rate=1.5e-3, indexer_rate=0.0, final_fraction=0.1),
-        warmup=StagePlan(120, rate=0.0, indexer_rate=3e-3),
-        sparse=StagePlan(100, rate=4e-4, indexer_rate=1e-3),
+        dense=StagePlan(3200, rate=1e-3, indexer_rate=0.0, final_fraction=0.1),
+        warmup=StagePlan(400, rate=0.0, indexer_rate=2e-3),
+        sparse=StagePlan(300, rate=3e-4, indexer_rate=1e-3),
         scored_rows=4,
         score_batch=2,
         sweep=(64,),
@@ -219,7 +241,7 @@ def _gpu() -> Preset:
         cost_shape=LayerShape(),
         cost_positions=(1024, 16_384, 131_072),
         cost_sequences=16,
-        mixture=(256, 512, 1024, 2048, 4096, 8192),
+        lessons=_LESSONS,
         needles=Grid((1024, 2048, 4096, 8192, 16_384), (0.1, 0.3, 0.5, 0.7, 0.9), 12, 4),
         sample_length=512,
         picture_length=1024,

@@ -1,12 +1,12 @@
-"""Needles: numbers under a name, hidden in running text, and asked for again later.
+"""Needles: random words, hidden in running text, and asked for again by their first two letters.
 
-    ... and he went up [QF=4071] to Jerusalem, and ...      <- hidden, among others
-    [QF=4071]                                               <- asked for: the digits are the answer
+    ... and he went up [QFXKZB] to Jerusalem, and ...   <- hidden, among others
+    [QFXKZB]                                            <- asked for: XKZB is the answer
 
-A name of two letters does not say which number follows; nothing but the place where it was hidden
-does. So a model that answers has looked it up, however far back it is. `documents` makes the usual
-grid of how long the text is and how deep in it the needle lies, and `evaluate` the share of
-answers that are right in every digit.
+Two letters do not say which four follow; nothing but the place where the word was hidden does. So
+a model that answers has looked it up, however far back it is. No two words of a text begin with
+the same two letters. `documents` makes the usual grid of how long the text is and how deep in it
+the needle lies, and `evaluate` the share of answers that are right in every letter.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ Attention = Literal["dense", "sparse"]
 
 SPACING = 128
 """Bytes of a row for each needle in it."""
-_DIGITS = 4
+SIZE = 9
+"""Bytes of a needle in running text, with the space after it."""
+_ANSWER = 4
 _NAMES = [a + b for a in string.ascii_uppercase for b in string.ascii_uppercase]
 
 
 def draw(rng: random.Random, count: int) -> list[str]:
     """`count` needles of different names (no more than there are names)."""
     names = rng.sample(_NAMES, min(count, len(_NAMES)))
-    return [f"[{name}={rng.randrange(10**_DIGITS):0{_DIGITS}d}]" for name in names]
+    return [f"[{name}{''.join(rng.choices(string.ascii_uppercase, k=_ANSWER))}]" for name in names]
 
 
 def hide(passage: str, needles: Sequence[str], rng: random.Random) -> str:
@@ -79,7 +81,7 @@ class Document(NamedTuple):
 
     Attributes:
         text: ASCII.
-        answer: index of the answer's first digit.
+        answer: index of the answer's first letter.
         cell: row and column of the grid.
     """
 
@@ -117,7 +119,7 @@ def _document(
     wanted = min(places, key=lambda place: abs(place - depth * room))
     hidden = [(wanted, asked), *((rng.choice(places), needle) for needle in others)]
     whole = insert(passage, sorted(hidden)) + question
-    return Document(whole, len(whole) - 1 - _DIGITS, cell)
+    return Document(whole, len(whole) - 1 - _ANSWER, cell)
 
 
 def batches(grid: Grid, made: Sequence[Document]) -> list[tuple[Batch, np.ndarray]]:
@@ -157,7 +159,7 @@ def _row(length: int, placed: Sequence[tuple[int, Document]]) -> dict[str, Any]:
         row["positions"][here] = np.arange(size)
         row["targets"][start : start + size - 1] = row["tokens"][start + 1 : start + size]
         answer = start + document.answer - 1
-        row["answers"][answer : answer + _DIGITS] = number
+        row["answers"][answer : answer + _ANSWER] = number
         start += size
     return row
 
@@ -169,7 +171,7 @@ def evaluate(
     packed: Sequence[tuple[Batch, np.ndarray]],
     attention: Attention,
 ) -> list[list[float]]:
-    """The share of right answers of each length and depth, greedy: every digit the likeliest.
+    """The share of right answers of each length and depth, greedy: every letter the likeliest.
 
     Args:
         model: its parameters are not changed.

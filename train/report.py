@@ -295,9 +295,9 @@ def _retrieval(results: Results, drawn: Mapping[str, Path], folder: Path) -> lis
         return []
     asked, length, k = results["runs"][0]["needles"], results["length"], results["topk"]
     text = (
-        "A number stands under a two-letter name somewhere in held-out running text, among other "
-        f"such needles, one for every {needles.SPACING} bytes; the text ends in the name, and an "
-        "answer counts if every digit is the likeliest one. "
+        "A random word of six letters stands somewhere in held-out running text, among other "
+        f"such needles, one for every {needles.SPACING} bytes; the text ends in its first two "
+        "letters, and an answer counts if each of the other four is the likeliest one. "
         f"{asked['count']} documents for each of {len(asked['depths'])} depths and each length, "
         "the same for all models; the mean over depths. Training had documents of up to "
         f"{length} bytes. {k} keys are {k / max(asked['lengths']):.1%} of the longest."
@@ -380,6 +380,7 @@ def _setup(results: Results) -> str:
             [name, str(stage["steps"]), f"{stage['tokens']:,}", stage["rates"],
              f"{stage['seconds']:.0f} s", f"`{stage['checkpoint']}`"]
         )  # fmt: skip
+    laps = "; ".join(f"{part} {seconds:.0f}" for part, seconds in results["laps"].items())
     served = "; ".join(f"`{op}` {what}" for op, what in results.get("implementations", {}).items())
     served = f"Ops in training: {served}.\n\n" if served else ""
     stages = _markdown_table(
@@ -395,7 +396,8 @@ def _setup(results: Results) -> str:
         f"Every loss above is over {corpus['scored']:,} held-out bytes in rows of "
         f"{results['length']}, spread evenly over those books.\n\n"
         f"Machine: {machine['device']}, {machine['cores']} cores, jax {machine['jax']}, "
-        f"{machine['date']}; {results['seconds']:.0f} s in all. Again: `{results['command']}`. "
+        f"{machine['date']}; {results['seconds']:.0f} s in all ({laps}). Again: "
+        f"`{results['command']}`. "
         "Every training record is in `metrics.jsonl`, every number of this page in "
         "`results.json`.\n\n"
         f"Limits: {len(results['runs'])} seed(s), a small model, short rows. "
@@ -407,13 +409,19 @@ def _setup(results: Results) -> str:
 
 
 def _mixture(results: Results) -> str:
-    """What longer rows are made of."""
+    """What else the rows are made of."""
     text = ""
     if "needles" in results["runs"][0]:
         text += " and asks for the needles in it"
-    if results["corpus"].get("mixture"):
-        lengths = ", ".join(map(str, results["corpus"]["mixture"]))
-        text += f"; rows of {results['length']} are filled with documents of {lengths} bytes"
+    if lessons := results["corpus"].get("lessons"):
+        lengths = sorted({one["length"] for one in lessons if one["kind"] == "text"})
+        others = dict.fromkeys(one["kind"] for one in lessons if one["kind"] != "text")
+        text += (
+            f"; such documents of {', '.join(map(str, lengths))} bytes, from short to long, fill "
+            f"rows of {results['length']}"
+        )
+        if others:
+            text += f", after lessons in looking up that are made up ({', '.join(others)})"
     return text
 
 

@@ -16,7 +16,9 @@ from train.__main__ import main
 from train.checkpoints import Checkpoints
 from train.cost import LayerShape
 from train.demo_presets import PRESETS, StagePlan
+from train.demo_seed import changed_arrays
 from train.ladder import LADDER, LONG, SWEEP
+from train.lessons import Lesson
 from train.load import load_model
 from train.needles import Grid
 from train.tracker import read_metrics
@@ -33,13 +35,21 @@ def test_presets_are_consistent(name):
     assert preset.length in preset.buckets
     assert list(preset.buckets) == sorted(set(preset.buckets))
     assert topk not in preset.sweep
-    assert not any(preset.length % length for length in preset.mixture)
+    assert not any(preset.length % lesson.length for lesson in preset.lessons)
     if preset.needles is not None:
         assert preset.length in preset.needles.lengths
         assert max(preset.needles.lengths) <= preset.model.max_position_embeddings
     assert max(preset.cost_positions) > 2 * preset.cost_shape.topk > 2 * min(preset.cost_positions)
     # The published layer does 17 operations of dense attention for each of the indexer.
     assert preset.cost_shape.mqa_flop / preset.cost_shape.indexer_flop == 17
+
+
+@pytest.mark.parametrize(("hopper", "chosen"), [(True, "gpu"), (False, "cpu")])
+def test_the_machine_decides_unless_told(monkeypatch, hopper, chosen):
+    monkeypatch.setattr(demo.dispatch, "hopper_is_default", lambda: hopper)
+    assert demo.preset_name(demo.DemoConfig()) == chosen
+    assert demo.preset_name(demo.DemoConfig(preset="cpu")) == "cpu"
+    assert demo.preset_name(demo.DemoConfig(smoke=True)) == "smoke"
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -98,7 +108,12 @@ def tiny_preset():
         sweep=(8,),
         local=4,
         buckets=(4, 32, 64, 96),
-        mixture=(32, 64),
+        lessons=(
+            Lesson("loop", 16, 0.0, 0.3),
+            Lesson("echo", 32, 0.2, 0.5),
+            Lesson("drill", 32, 0.3, 0.8),
+            Lesson("text", 64, 0.6, 1.0),
+        ),
         needles=Grid((64, 96), (0.2, 0.8), 2, 2),
         sample_length=72,
         picture_length=48,
@@ -230,7 +245,7 @@ def test_the_report_can_be_written_again(finished):
 def test_changed_arrays_sees_one_bit(finished):
     folder, _ = finished
     model = load_model(folder / "seed-0" / "warmup")
-    assert demo.changed_arrays(model, model) == 0
+    assert changed_arrays(model, model) == 0
     leaves, tree = jax.tree.flatten(model)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.flatten_with_path(model)[0]]
     main = next(i for i, path in enumerate(paths) if "indexer" not in path)
@@ -240,7 +255,7 @@ def test_changed_arrays_sees_one_bit(finished):
         flat = np.array(changed[place]).reshape(-1)
         flat[-1] = np.nextafter(flat[-1], np.inf)
         changed[place] = flat.reshape(leaves[place].shape)
-        assert demo.changed_arrays(model, jax.tree.unflatten(tree, changed)) == expected
+        assert changed_arrays(model, jax.tree.unflatten(tree, changed)) == expected
 
 
 def test_a_model_is_found_in_whatever_a_run_left(finished):

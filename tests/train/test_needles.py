@@ -22,7 +22,7 @@ def test_names_differ_within_a_row():
     drawn = needles.draw(random.Random(0), 100)
     names = [needle[1:3] for needle in drawn]
     assert len(set(names)) == 100
-    assert all(re.fullmatch(r"\[[A-Z]{2}=\d{4}\]", needle) for needle in drawn)
+    assert all(re.fullmatch(r"\[[A-Z]{6}\]", needle) for needle in drawn)
 
 
 def test_hiding_keeps_the_text():
@@ -40,15 +40,15 @@ def test_documents_ask_for_what_they_hide(made):
         row, column = document.cell
         text, length = document.text, GRID.lengths[row]
         assert len(text) == length
-        question = text[document.answer - 4 : document.answer + 5]
-        assert re.fullmatch(r"\[[A-Z]{2}=\d{4}\]", question)
+        question = text[document.answer - 3 : document.answer + 5]
+        assert re.fullmatch(r"\[[A-Z]{6}\]", question)
         assert text.endswith(f"\n{question}")
         first = text.index(question)
         assert first < len(text) - len(question)
         # Half a dozen needles and a word may lie between the wish and the place.
         assert abs(first / length - GRID.depths[column]) < 0.2
         # The name stands nowhere else: the answer cannot be read off another needle.
-        assert text.count(question[:4]) == 2
+        assert text.count(question[:3]) == 2
 
 
 def test_rows_are_documents_side_by_side(made):

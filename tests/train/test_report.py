@@ -4,11 +4,13 @@ import json
 import re
 import struct
 
+import demo_results
+import matplotlib.pyplot as plt
 import pytest
 from demo_results import needles, results, write_folder
 from rich.console import Console
 
-from train import report
+from train import figures, report
 
 
 def size_of_png(path):
@@ -36,6 +38,27 @@ def test_every_figure_is_drawn_and_shown(folder):
         assert 300 < height < 1600, path
 
 
+def test_many_layers_take_more_rows_not_a_wider_page(monkeypatch):
+    monkeypatch.setattr(demo_results, "LAYERS", 5)
+    figure = figures.positions(results())
+    shown = [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes]
+    plt.close(figure)
+    assert [title for title in shown if title] == [f"Layer {layer}" for layer in range(5)]
+    assert figure.get_size_inches()[0] < 13
+
+
+def test_lessons_are_named(tmp_path):
+    data = results()
+    data["corpus"]["lessons"] = [
+        {"kind": "loop", "length": 32},
+        {"kind": "text", "length": 128},
+        {"kind": "text", "length": 64},
+    ]
+    text = report.write(write_folder(tmp_path / "run", data=data)).read_text()
+    assert "such documents of 64, 128 bytes, from short to long, fill rows of 128" in text
+    assert "after lessons in looking up that are made up (loop)" in text
+
+
 def test_the_report_says_what_does_not_hold(folder):
     text = (folder / "report.md").read_text()
     assert "1 of 12 do not hold" in text
@@ -49,6 +72,7 @@ def test_numbers_come_from_the_results(folder):
     assert "the gap is **0.050 ± 0.000** (standard error over rows: 0.010, 0.010)" in text
     assert "8 keys of up to 128** (6.2%" in text
     assert "Public domain." in text
+    assert "321 s in all (text 1; dense 300)" in text
     # Measured: dense 1e-6 t, DSA 1e-7 t + 1.2e-6 min(t, 512): cheaper from 1024 on.
     assert "DSA is the cheaper one from 1024 keys on; at 16384 keys the ratio is 7.3" in text
     for stage in ("dense", "warmup", "sparse", "control"):

@@ -19,9 +19,11 @@ thread: `depth` times the words of a row that a lane loads, twice as many sums, 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -30,6 +32,7 @@ from pallas_kernels.hopper.simt import U32, WARP, SimtWarpgroup
 
 WARPS = 4  # of a warpgroup
 _NO_KEY = 2**32 - 1
+_TOGETHER = 3  # rows that are added without a look between them, where no key ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +40,15 @@ class Adder:
     """The static numbers of a call.
 
     Attributes:
+        rows: how many there are, in an array of at most 2**32 words.
         width: columns of a row and of a sum.
         share: those of a warp: 64, 128 or 192, a divisor of the width.
         ctas: how many CTAs have such a warpgroup.
-        depth: rows of a share on their way, at most 32.
+        depth: rows of a share on their way, a multiple of 3 up to 30.
         interpret: whether this is the twin.
     """
 
+    rows: int
     width: int
     share: int
     ctas: int
@@ -70,7 +75,7 @@ class Adder:
 
         Args:
             cta: this one's number below `ctas`.
-            rows: GMEM bf16 `[n, width]`.
+            rows: GMEM bf16 `[shares, rows, share]`.
             pairs: GMEM i32 `[m]`, rows in the order in which they are added.
             keys: GMEM i32 `[m]`, the sums they are added to, rising.
             bounds: GMEM i32 `[ranges + 1]`, where in the list ranges begin and end; a bound is 0,
@@ -95,7 +100,9 @@ class Adder:
     def _twin(self, cta, rows, pairs, keys, bounds, sums):
         """The same sums in the same order, in plain Pallas."""
 
-        def add_range(start, end, columns):
+        def add_range(start, end, share):
+            columns = pl.ds(share * self.share, self.share)
+
             def step(i, carry):
                 total, current = carry
                 changes = keys[i] != current
@@ -105,7 +112,7 @@ class Adder:
                     sums[current, columns] = sums[current, columns] + total
 
                 total = jnp.where(changes, 0.0, total)
-                return total + rows[pairs[i], columns].astype(jnp.float32), keys[i]
+                return total + rows[share, pairs[i], :].astype(jnp.float32), keys[i]
 
             zeros = jnp.zeros((self.share,), jnp.float32)
             total, current = lax.fori_loop(start, end, step, (zeros, keys[start]))
@@ -121,29 +128,39 @@ class Adder:
 
                     @pl.when(mine & (bounds[number] < bounds[number + 1]))
                     def _(number=number, share=share):
-                        columns = pl.ds(share * self.share, self.share)
-                        add_range(bounds[number], bounds[number + 1], columns)
+                        add_range(bounds[number], bounds[number + 1], share)
 
 
-def bounds_of_ranges(keys, start, end, ranges: int):
-    """Divides a part of a rising list into ranges of about the same length, at ends of keys.
+def bounds_of_ranges(keys, parts):
+    """Divides parts of a rising list into ranges of about the same length, at ends of keys.
 
     Args:
         keys: i32 `[m]`, rising.
-        start: of the part: moved to where the next key begins, unless one begins there.
-        end: of the part: moved likewise.
-        ranges: how many.
+        parts: `(start, end, ranges)` of each: both are moved to where the next key begins, unless
+            one begins there.
 
     Returns:
-        i32 `[ranges + 1]`, for `Adder.add`.
+        For each part i32 `[ranges + 1]`, for `Adder.add`.
     """
-    share = (end - start).astype(jnp.float32) / ranges
-    number = jnp.arange(ranges + 1, dtype=jnp.int32)
-    inner = start + (number * share).astype(jnp.int32)
-    wanted = jnp.where(number == ranges, end, jnp.minimum(inner, end))
+
+    def evenly(start, end, ranges):
+        number = jnp.arange(ranges + 1, dtype=jnp.int32)
+        inner = start + (number * ((end - start) / jnp.float32(ranges))).astype(jnp.int32)
+        return jnp.where(number == ranges, end, jnp.minimum(inner, end))
+
+    wanted = jnp.concatenate([evenly(*part) for part in parts])
     before = keys[jnp.clip(wanted - 1, 0, keys.shape[0] - 1)]
     found = jnp.searchsorted(keys, before, side="right", method="scan_unrolled")
-    return jnp.where(wanted > 0, found, 0).astype(jnp.int32)
+    found = jnp.where(wanted > 0, found, 0).astype(jnp.int32)
+    ends = np.cumsum([ranges + 1 for *_, ranges in parts])
+    return jnp.split(found, ends[:-1])
+
+
+class _Listed(NamedTuple):
+    """A chunk of the list, an entry a lane."""
+
+    pairs: Any
+    keys: Any
 
 
 def walk(block: Any, adder: Adder, unit: Any, rows, pairs, keys, bounds, sums) -> None:
@@ -173,16 +190,16 @@ def _walk_range(block, adder: Adder, share, start, end, rows, pairs, keys, sums)
     depth, chunk = adder.depth, WARP // adder.depth * adder.depth
     listed = block.place(pairs, 1, 0), block.place(keys, 1, 0)
     # A word of each 64 columns is a lane's.
-    words, mine = adder.share // 64, share * (adder.share // 2) + block.lane
-    source = block.place(rows, adder.width // 2, mine)
-    target = block.place(sums, adder.width, 2 * mine)
+    words = adder.share // 64
+    source = block.place(rows, 32 * words, share * (adder.rows * 32 * words) + block.lane)
+    target = block.place(sums, adder.width, share * adder.share + 2 * block.lane)
 
     def look(position):
         """Each lane's pair and key; those past the end go nowhere."""
         at = position + block.lane
         inside = block.minimum(at, end - 1)
         [pair], [key] = (block.load_at(place, inside) for place in listed)
-        return pair, block.select(at < end, key, _NO_KEY)
+        return _Listed(pair, block.select(at < end, key, _NO_KEY))
 
     def load(row):
         return block.load_at(source, row, words, apart=WARP, passing=True)
@@ -196,32 +213,50 @@ def _walk_range(block, adder: Adder, share, start, end, rows, pairs, keys, sums)
         halves = [half(word) for word in row for half in (block.low_bf16, block.high_bf16)]
         return [block.add_floats(x, y) for x, y in zip(totals, halves, strict=True)]
 
-    def step(here, after, i, state):
+    def add_some(totals, some, ends, keys, i):
+        """Adds rows from the chunk's i-th on; where a key ends, its sum is stored."""
+        ends = (ends >> i) & ((1 << len(some)) - 1)
+
+        def within(totals):
+            for row in some:
+                totals = add(totals, row)
+            return totals
+
+        def across(totals):
+            for n, row in enumerate(some):
+                totals = add(totals, row)
+                key = block.shuffle(keys, i + n)
+                totals = block.when(ends & (1 << n) != 0, lambda t, key=key: store(t, key), totals)
+            return totals
+
+        return block.when(ends != 0, across, block.when(ends == 0, within, totals))
+
+    def step(here, after, ends, i, state):
         """Adds `depth` rows, and replaces each by the one that comes `depth` later."""
-        totals, current, ring = state
+        totals, ring = state
         comes = i + depth
         wraps = comes == chunk
-        coming, comes = block.select(wraps, after[0], here[0]), block.select(wraps, 0, comes)
+        coming, comes = block.select(wraps, after.pairs, here.pairs), block.select(wraps, 0, comes)
         filled = []
-        for n, row in enumerate(ring):
-            key = block.shuffle(here[1], i + n)
-            totals = block.when(key != current, lambda t, key=current: store(t, key), totals)
-            totals, current = add(totals, row), key
-            filled.append(load(block.shuffle(coming, comes + n)))
-        return totals, current, filled
+        for n in range(0, depth, _TOGETHER):
+            following = [block.shuffle(coming, comes + n + m) for m in range(_TOGETHER)]
+            totals = add_some(totals, ring[n : n + _TOGETHER], ends, here.keys, i + n)
+            filled += [load(pair) for pair in following]
+        return totals, filled
 
     def some(position, state):
         *state, here, after = state
         later = look(position + 2 * chunk)
-        state = block.loop(
-            0, chunk, depth, tuple(state), lambda i, carry: step(here, after, i, carry)
+        last = block.lane == chunk - 1
+        following = block.select(
+            last, block.shuffle(after.keys, 0), block.shuffle(here.keys, (block.lane + 1) & 31)
         )
-        return *state, after, later
+        ends = block.ballot(here.keys != following)
+        run = functools.partial(step, here, after, ends)
+        return *block.loop(0, chunk, depth, tuple(state), run), after, later
 
     here, after = look(start), look(start + chunk)
-    ring = [load(block.shuffle(here[0], n)) for n in range(depth)]
+    ring = [load(block.shuffle(here.pairs, n)) for n in range(depth)]
     zeros = [block.constant(0)] * (2 * words)
-    state = zeros, block.shuffle(here[1], 0), ring, here, after
-    totals, current, *_ = block.loop(start, end, chunk, state, some)
-    block.when(current != _NO_KEY, lambda _: store(totals, current) and ())
+    block.loop(start, end, chunk, (zeros, ring, here, after), some)
     return ()

@@ -238,6 +238,11 @@ class SimtBlock:
         values = [condition.value]
         return Condition(llvm.inline_asm(_int(1), values, code, "=b,b", has_side_effects=True))
 
+    def ballot(self, condition: Condition) -> U32:
+        """The warp's conditions, a bit a lane."""
+        code = "vote.sync.ballot.b32 $0, $1, -1;"
+        return _asm(code, "=r,b", condition)
+
     # Shared memory. The words of a vector access start at a multiple of 4.
 
     def load(self, array: Words, i: Any) -> U32:
@@ -312,7 +317,7 @@ class SimtBlock:
 
     def place(self, array: ir.Value, width: int, offset: Any) -> Place:
         """Each lane's words in the rows of an array, from a word on that may differ by lane."""
-        byte = _wide(arith.shli(_word(offset), _word(2)))
+        byte = arith.shli(_wide(_word(offset)), _constant(2, 64))
         return Place(arith.addi(llvm.ptrtoint(_int(64), utils.memref_ptr(array)), byte), width)
 
     def load_at(

@@ -97,6 +97,11 @@ class ModelBlock:
         self._whole_warps()
         return np.repeat(condition.reshape(-1, WARP).any(axis=1), WARP)
 
+    def ballot(self, condition):
+        self._whole_warps()
+        bits = condition.reshape(-1, WARP).astype(np.uint32) << np.arange(WARP, dtype=np.uint32)
+        return np.repeat(bits.sum(axis=1, dtype=np.uint32), WARP)
+
     # Shared memory.
 
     def load(self, array, i):

@@ -33,16 +33,21 @@ from pallas_kernels.sparse_attention import (
     dq_sm90,
     forward_sm90,
     rows_sm90,
+    sums_sm90,
     weights_and_sums_sm90,
 )
 from pallas_kernels.sparse_attention.backward_lists import ascending, pairs_by_key
+from pallas_kernels.sparse_attention.backward_shares import share_columns
 from pallas_kernels.tiling import vary_like
 
 TILES = 128  # selected keys, of which the kernels take two tiles at a time
 # A window costs a pass over dKV in fp32 and the ends of three kernels, so that few are better.
 WORKSPACE_BYTES = 4 * 2**30
-BESIDE_DQ = 0.3
-"""Which part of a window's rows is added up beside dQ, the rest beside P and dS of the next."""
+L2_BYTES = 50 * 2**20
+BESIDE, ALONE = (0.3, 0.3), (0.0, 1.0)
+"""Where the rows of a window are divided: what is added up beside dQ, with nothing beside, and
+beside P and dS of the next window. Rows that pass through the L2 drive keys out of it, so that
+sums are alone where the keys do not fit it with ease."""
 
 
 def unsupported(q, kv, *, value_width: int) -> str | None:
@@ -66,9 +71,14 @@ def backward(
 
 def gradients(
     q, kv, indices, out, lse, dout, dlse, *,
-    scale, window, sms: int = 132, beside_dq: Any = BESIDE_DQ, interpret=None,
+    scale, window, sms: int = 132, cuts: Any = None, interpret=None,
 ):  # fmt: skip
-    """The gradients of q, and of kv in f32, with at most so many queries in a window."""
+    """The gradients of q, and of kv in f32, with at most so many queries in a window.
+
+    `cuts` says where the sums are divided; by default so that they take least time.
+    """
+    if cuts is None:
+        cuts = BESIDE if kv.nbytes <= L2_BYTES // 2 else ALONE
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     finite = jnp.isfinite(lse)  # a query without keys gives no gradient, and takes none
@@ -86,28 +96,28 @@ def gradients(
     indices = ascending(indices.reshape(batch * queries, -1), rows)
     indices = jnp.repeat(indices, split, axis=0)
     total, selected = indices.shape
-    window = _even(total, max(1, window * split), sms)
+    window, part = _even(total, max(1, window * split), sms), share_columns(width)
     call = _Call(
         arrays=(*(by_query(x) for x in (q, dout, out, lse, dlse)), kv.reshape(-1, width), indices),
         # The kernels write these two: nothing has to be there before.
         dq=jax.new_ref(lax.empty((total, some, width), q.dtype)),
-        added=jax.new_ref(lax.empty((window * selected, width), q.dtype)),
+        added=jax.new_ref(lax.empty((width // part, window * selected, part), q.dtype)),
         sums=jax.new_ref(jnp.zeros((batch * rows, width), jnp.float32)),
         scale=scale,
-        beside_dq=beside_dq,
+        cuts=cuts,
         options={"sms": sms, "interpret": interpret, "window": window},
         queries=queries * split,
         rows=rows,
         total=total,
     )
-    # The last step has no queries, only the rest of the rows of the step before.
-    firsts = window * jnp.arange(-(-total // window) + 1, dtype=jnp.int32)
+    firsts = window * jnp.arange(-(-total // window), dtype=jnp.int32)
     lists = vary_like(call.no_lists(), (q, kv, indices))
     if interpret is None:
         lax.scan(lambda lists, first: (call.step(first, lists), None), lists, firsts)
     else:  # two interpreted kernels in one program wait for each other
         for first in firsts:
             lists = call.step(first, lists)
+    call.finish(lists)
     # The kernels do not tell over which mesh axes their results vary.
     dq, dkv = vary_like((jax.freeze(call.dq), jax.freeze(call.sums)), (q, kv))
     dq = dq.reshape(batch, queries, -1, width)[:, :, :heads]
@@ -126,8 +136,10 @@ class _Lists(NamedTuple):
 
     pairs: Any
     keys: Any
-    first_part: Any  # bounds of ranges of what is added up beside dQ
-    rest: Any  # the same of what is added up beside P and dS of the next window
+    beside_dq: Any  # bounds of ranges of what is added up beside dQ
+    alone: Any  # the same of what is added up with nothing beside
+    beside_weights: Any  # and beside P and dS of the next window, if there is one
+    at_the_end: Any  # and else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +151,7 @@ class _Call:
     added: Any  # a ref: rows of a window
     sums: Any  # a ref: dKV
     scale: float
-    beside_dq: Any
+    cuts: Any
     options: dict[str, Any]
     queries: int  # of a row of the batch
     rows: int  # keys of a row of the batch
@@ -154,24 +166,31 @@ class _Call:
         start, places = first.reshape(1), {"queries": self.queries, "rows": self.rows}
         weights, dscores = weights_and_sums_sm90.weights_and_sums(
             start, q, dout, out, lse, dlse, kv, indices,
-            self.added, before.pairs, before.keys, before.rest, self.sums,
+            self.added, before.pairs, before.keys, before.beside_weights, self.sums,
             scale=self.scale, **places, **self.options,
         )  # fmt: skip
         rows_sm90.rows_of_queries(start, q, dout, weights, dscores, self.added, **self.options)
         lists = self._lists(first)
+        self._sum(lists, lists.alone)
         dq_sm90.dq_of_queries(
             start, kv, indices, dscores,
-            self.added, lists.pairs, lists.keys, lists.first_part, self.sums, self.dq,
+            self.added, lists.pairs, lists.keys, lists.beside_dq, self.sums, self.dq,
             **places, **self.options,
         )  # fmt: skip
         return lists
 
+    def finish(self, lists: _Lists) -> None:
+        """What is left to add up of the last window."""
+        self._sum(lists, lists.at_the_end)
+
+    def _sum(self, lists: _Lists, bounds) -> None:
+        options = {name: self.options[name] for name in ("sms", "interpret")}
+        sums_sm90.sum_rows(self.added, lists.pairs, lists.keys, bounds, self.sums, **options)
+
     def no_lists(self) -> _Lists:
         """Those before the first window."""
-        size = self.options["window"] * self.arrays[-1].shape[1]
-        beside_dq, beside_weights = (jnp.zeros(n + 1, jnp.int32) for n in self._ranges())
-        nothing = jnp.zeros(size, jnp.int32)
-        return _Lists(nothing, nothing, beside_dq, beside_weights)
+        nothing = jnp.zeros(self.added.shape[1], jnp.int32)
+        return _Lists(nothing, nothing, *(jnp.zeros(n + 1, jnp.int32) for n in self._ranges()))
 
     def _lists(self, first) -> _Lists:
         """Those of a window."""
@@ -183,20 +202,22 @@ class _Call:
         exists = (number < self.total)[:, None] & (mine < self.rows)
         pairs, keys = pairs_by_key(jnp.where(exists, key, batch_rows))
         count = jnp.sum(exists, dtype=jnp.int32)
-        part = (count.astype(jnp.float32) * self.beside_dq).astype(jnp.int32)
-        beside_dq, beside_weights = self._ranges()
-        return _Lists(
-            pairs,
-            keys,
-            bounds_of_ranges(keys, jnp.int32(0), part, beside_dq),
-            bounds_of_ranges(keys, part, count, beside_weights),
+        first_cut, second_cut = (
+            (count.astype(jnp.float32) * part).astype(jnp.int32) for part in self.cuts
         )
+        limits = (0, first_cut), (first_cut, second_cut), (second_cut, count), (second_cut, count)
+        parts = [(*both, n) for both, n in zip(limits, self._ranges(), strict=True)]
+        return _Lists(pairs, keys, *bounds_of_ranges(keys, parts))
 
-    def _ranges(self) -> tuple[int, int]:
-        """Of the lists, beside dQ and beside P and dS."""
+    def _ranges(self) -> tuple[int, int, int, int]:
+        """Of the lists, in the order of `_Lists`."""
         _, heads, width = self.arrays[0].shape
-        sms, interpret = self.options["sms"], self.options["interpret"]
+        some = self.added.shape[1], width
+        options = {name: self.options[name] for name in ("sms", "interpret")}
+        alone = sums_sm90.adder_of(*some, **options).ranges
         return (
-            dq_sm90.adder_of(width, sms, interpret).ranges,
-            weights_and_sums_sm90.adder_of(width, heads, sms, interpret).ranges,
+            dq_sm90.adder_of(*some, **options).ranges,
+            alone,
+            weights_and_sums_sm90.adder_of(*some, heads, **options).ranges,
+            alone,
         )

@@ -191,10 +191,11 @@ def _lanes(width: int, sms: int) -> int:
     return max(1, sms // (width // share_columns(width)))
 
 
-def adder_of(width: int, sms: int, interpret=None) -> Adder:
-    """What adds rows up beside dQ."""
+def adder_of(rows: int, width: int, sms: int, interpret=None) -> Adder:
+    """What adds so many rows up beside dQ."""
     share = share_columns(width)
     return Adder(
+        rows=rows,
         width=width,
         share=share,
         ctas=width // share * _lanes(width, sms),
@@ -214,7 +215,7 @@ def dq_of_queries(
         kv: bf16 `[batch x S, C + R]`.
         indices: i32 `[all queries, K]`, K a multiple of 64.
         dscores: dS, bf16 `[window, K / 64, N, 64]`.
-        added: a `jax.Ref`, bf16 `[window x K, C + R]`, the rows.
+        added: a `jax.Ref`, bf16 `[shares, window x K, columns]`, the rows.
         pairs: i32 `[window x K]`, rows by key.
         keys: i32 `[window x K]`, their keys.
         bounds: i32, the ranges of `adder_of`.
@@ -240,7 +241,7 @@ def dq_of_queries(
         interpret=interpret is not None,
     )
 
-    adder = adder_of(width, sms, interpret)
+    adder = adder_of(added.shape[1], width, sms, interpret)
 
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)

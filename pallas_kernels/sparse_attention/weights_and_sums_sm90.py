@@ -8,7 +8,8 @@ fourth warpgroup, ADDER, that adds rows up (`hopper.add_rows`): it waits for the
 others leave idle, and needs nothing else but registers.
 
 SMEM at 576 columns: 8 x 24,576 of ring, 2 x 2 x 8,192 of P and dS on their way out, 2,048 of
-indices. Registers of a thread: SCORES and VALUES 208, LOADER 32, ADDER 64.
+indices. Registers of a thread: SCORES 208, VALUES 192, LOADER 24,
+ADDER 88.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from pallas_kernels.sparse_attention.weights_sm90 import (
 )
 
 ADDER = 3
-_REGISTERS = {SCORES: 208, VALUES: 208, LOADER: 32, ADDER: 64}
-_DEPTH = 12  # rows that a warp of ADDER has on their way
+_REGISTERS = {SCORES: 208, VALUES: 192, LOADER: 24, ADDER: 88}
+_DEPTH = 18  # rows that a warp of ADDER has on their way
 
 
 def _kernel(first, *refs, plan: weights_sm90.Plan, adder: Adder, **shared):
@@ -71,10 +72,11 @@ def _cluster(heads: int) -> int:
     return 2 if heads // HEADS % 2 == 0 else 1
 
 
-def adder_of(width: int, heads: int, sms: int, interpret=None) -> Adder:
-    """What adds rows up beside P and dS, for so many heads, padded."""
+def adder_of(rows: int, width: int, heads: int, sms: int, interpret=None) -> Adder:
+    """What adds so many rows up beside P and dS, for so many heads, padded."""
     cluster = _cluster(heads)
     return Adder(
+        rows=rows,
         width=width,
         share=share_columns(width),
         ctas=_clusters(heads, sms) * cluster,
@@ -102,7 +104,7 @@ def weights_and_sums(
         dlse: f32 `[all queries, N]`.
         kv: bf16 `[batch x S, C + R]`.
         indices: i32 `[all queries, K]`, K a multiple of 64.
-        added: a `jax.Ref`, bf16 `[window x K, C + R]`, the rows.
+        added: a `jax.Ref`, bf16 `[shares, window x K, columns]`, the rows.
         pairs: i32 `[window x K]`, rows by key.
         keys: i32 `[window x K]`, their keys.
         bounds: i32, the ranges of `adder_of`.
@@ -131,7 +133,7 @@ def weights_and_sums(
         clusters=clusters,
         interpret=interpret is not None,
     )
-    adder = adder_of(width, heads, sms, interpret)
+    adder = adder_of(added.shape[1], width, heads, sms, interpret)
 
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)

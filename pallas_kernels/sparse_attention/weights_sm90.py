@@ -20,7 +20,7 @@ tiles. Both SCORES and VALUES read a part, then it is free. VALUES starts with a
 has its S: so the products of one run while the other is in its arithmetic.
 
 `weights_and_sums_sm90` runs these CTAs. Registers of a thread: SCORES 208 (144 of Q, 32 of S),
-VALUES 208 (128 of dO, 32 of dP), LOADER 32.
+VALUES 192 (128 of dO, 32 of dP), LOADER 24.
 """
 
 from __future__ import annotations

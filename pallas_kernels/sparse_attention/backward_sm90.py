@@ -113,7 +113,7 @@ def gradients(
     firsts = window * jnp.arange(-(-total // window), dtype=jnp.int32)
     lists = vary_like(call.no_lists(), (q, kv, indices))
     if interpret is None:
-        lax.scan(lambda lists, first: (call.step(first, lists), None), lists, firsts)
+        lists, _ = lax.scan(lambda lists, first: (call.step(first, lists), None), lists, firsts)
     else:  # two interpreted kernels in one program wait for each other
         for first in firsts:
             lists = call.step(first, lists)
@@ -200,7 +200,7 @@ class _Call:
         mine = jnp.take(indices, jnp.minimum(number, self.total - 1), axis=0)
         key = mine + (number // self.queries * self.rows)[:, None]  # in all rows of the batch
         exists = (number < self.total)[:, None] & (mine < self.rows)
-        pairs, keys = pairs_by_key(jnp.where(exists, key, batch_rows))
+        pairs, keys = pairs_by_key(jnp.where(exists, key, batch_rows), largest=batch_rows)
         count = jnp.sum(exists, dtype=jnp.int32)
         first_cut, second_cut = (
             (count.astype(jnp.float32) * part).astype(jnp.int32) for part in self.cuts

@@ -103,7 +103,7 @@ def rows_to_sum(rng, queries, selected, width, ranges):
         count = [30, 0, 20, 1][t % 4]
         picked[t, :count] = np.sort(rng.permutation(np.arange(10, keys))[:count])
     rows = rng.integers(-99, 99, (queries, selected, width))
-    pairs, in_order = jax.jit(backward_lists.pairs_by_key)(picked)
+    pairs, in_order = backward_lists.pairs_by_key(jnp.asarray(picked), largest=keys)
     count = jnp.int32((picked < keys).sum())
     [bounds] = add_rows.bounds_of_ranges(in_order, [(0, count, ranges)])
     before = rng.integers(-99, 99, (keys, width)).astype(np.float32)
@@ -175,11 +175,13 @@ def test_ascending(order):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_pairs_by_key():
+@pytest.mark.parametrize("shift", [0, 2**16])
+def test_pairs_by_key(shift):
     """Queries ascend within a key; what is no key comes last."""
     rng = np.random.default_rng(0)
-    keys = np.sort(rng.integers(0, 30, (70, 20)), axis=1).astype(np.int32)
-    pairs, in_order = map(np.asarray, jax.jit(backward_lists.pairs_by_key)(keys))
+    keys = np.sort(rng.integers(0, 30, (70, 20)), axis=1).astype(np.int32) + shift
+    find = jax.jit(backward_lists.pairs_by_key, static_argnames="largest")
+    pairs, in_order = map(np.asarray, find(keys, largest=29 + shift))
     expected = np.argsort(keys.reshape(-1), kind="stable")
     np.testing.assert_array_equal(pairs, expected)
     np.testing.assert_array_equal(in_order, keys.reshape(-1)[expected])

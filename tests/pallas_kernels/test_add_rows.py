@@ -72,8 +72,6 @@ def test_twin(count):
 
 
 def kernel(adder, rows, pairs, keys, bounds, sums):
-    options = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if adder.interpret else {}
-
     def body(*refs):
         adder.add(jax.lax.axis_index("cta"), *refs)
 
@@ -84,7 +82,7 @@ def kernel(adder, rows, pairs, keys, bounds, sums):
         num_threads=1,
         thread_name="role",
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
-        **options,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
     )(rows, jnp.asarray(pairs), jnp.asarray(keys), bounds, sums)
 
 

@@ -44,10 +44,6 @@ TILES = 128  # selected keys, of which the kernels take two tiles at a time
 # A window costs a pass over dKV in fp32 and the ends of three kernels, so that few are better.
 WORKSPACE_BYTES = 4 * 2**30
 L2_BYTES = 50 * 2**20
-BESIDE, ALONE = (0.3, 0.3), (0.0, 1.0)
-"""Where the rows of a window are divided: what is added up beside dQ, with nothing beside, and
-beside P and dS of the next window. Rows that pass through the L2 drive keys out of it, so that
-sums are alone where the keys do not fit it with ease."""
 
 
 def unsupported(q, kv, *, value_width: int) -> str | None:
@@ -75,10 +71,9 @@ def gradients(
 ):  # fmt: skip
     """The gradients of q, and of kv in f32, with at most so many queries in a window.
 
-    `cuts` says where the sums are divided; by default so that they take least time.
+    `cuts` are where the rows of a window are divided; by default so that it takes least time.
     """
-    if cuts is None:
-        cuts = BESIDE if kv.nbytes <= L2_BYTES // 2 else ALONE
+    cuts = _cuts(kv.nbytes) if cuts is None else cuts
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     finite = jnp.isfinite(lse)  # a query without keys gives no gradient, and takes none
@@ -131,6 +126,18 @@ def _even(total: int, limit: int, sms: int) -> int:
     return filling if filling <= min(limit, total) else window
 
 
+def _cuts(key_bytes: int) -> tuple[float, float]:
+    """Up to where rows are added up beside dQ, and from where on beside P and dS; else alone.
+
+    Rows that pass through the L2 drive keys out of it, above all those of dQ, whose shares of
+    columns are gathered at different times; and beside P and dS sums are quick only as long as
+    there are few. So this is measured.
+    """
+    if key_bytes <= L2_BYTES // 2:
+        return 0.2, 0.6
+    return (0.0, 0.65) if key_bytes <= L2_BYTES else (0.0, 1.0)
+
+
 class _Lists(NamedTuple):
     """The rows of a window by key: what `hopper.add_rows` goes by."""
 
@@ -151,7 +158,7 @@ class _Call:
     added: Any  # a ref: rows of a window
     sums: Any  # a ref: dKV
     scale: float
-    cuts: Any
+    cuts: Any  # of the lists
     options: dict[str, Any]
     queries: int  # of a row of the batch
     rows: int  # keys of a row of the batch

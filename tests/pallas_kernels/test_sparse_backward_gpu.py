@@ -48,10 +48,10 @@ def test_backward(name):
         assert error < RELATIVE
     for _ in range(20):
         again = gradients(q, kv, indices, latent, dout, "mosaic")
-        assert all(map(np.array_equal, again, found))
+        assert all(map(jnp.array_equal, again, found))  # where they are: the largest have 4 GB
 
 
-@pytest.mark.parametrize("cuts", [backward_sm90.BESIDE, backward_sm90.ALONE, (0.2, 0.6)])
+@pytest.mark.parametrize("cuts", [(0.3, 0.3), (0.0, 1.0), (0.2, 0.6)])
 def test_windows(cuts):
     """A query is computed alike in whatever window; keys are added up in the same order.
 

@@ -125,6 +125,18 @@ class GlobalRow(NamedTuple):
     skew: Any
 
 
+class Place(NamedTuple):
+    """Where a lane's words lie in the rows of a row-major array of 32-bit words.
+
+    Attributes:
+        start: the address of those in row 0.
+        width: of a row.
+    """
+
+    start: Any
+    width: int
+
+
 class SimtBlock:
     """Emits the operations of a CTA's lanes at MLIR's insertion point.
 
@@ -139,12 +151,15 @@ class SimtBlock:
     """
 
     def __init__(self, threads: int, scratch: ir.Value):
+        self._set_lanes(threads, U32(utils.thread_idx()))
+        self._shared = llvm.ptrtoint(_int(32), utils.memref_ptr(scratch))
+
+    def _set_lanes(self, threads: int, thread: U32):
         self.threads, self.warps = threads, threads // WARP
-        self.thread = U32(utils.thread_idx())
+        self.thread = thread
         self.lane = self.thread & (WARP - 1)
         # Every lane of a warp has the same; the shuffle lets ptxas know, and branch by warp.
         self.warp = self.shuffle(self.thread >> 5, 0)
-        self._shared = llvm.ptrtoint(_int(32), utils.memref_ptr(scratch))
 
     # Lanes.
 
@@ -183,9 +198,21 @@ class SimtBlock:
         zero = arith.constant(ir.F32Type.get(), 0.0)
         return U32(arith.bitcast(_int(32), arith.addf(_float(x), zero)))
 
+    def low_bf16(self, x: U32) -> U32:
+        """The bf16 in the lower half of a word, as fp32."""
+        return x << 16
+
+    def high_bf16(self, x: U32) -> U32:
+        """That in the upper half."""
+        return x & 0xFFFF0000
+
+    def add_floats(self, x: U32, y: U32) -> U32:
+        """Their sum in fp32."""
+        return U32(arith.bitcast(_int(32), arith.addf(_float(x), _float(y))))
+
     # Warps. All 32 lanes take part.
 
-    def shuffle(self, x: U32, lane: int) -> U32:
+    def shuffle(self, x: U32, lane: Any) -> U32:
         """A lane's value, in all lanes of its warp."""
         return _asm("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=r,r,r", x, lane)
 
@@ -211,6 +238,11 @@ class SimtBlock:
         values = [condition.value]
         return Condition(llvm.inline_asm(_int(1), values, code, "=b,b", has_side_effects=True))
 
+    def ballot(self, condition: Condition) -> U32:
+        """The warp's conditions, a bit a lane."""
+        code = "vote.sync.ballot.b32 $0, $1, -1;"
+        return _asm(code, "=r,b", condition)
+
     # Shared memory. The words of a vector access start at a multiple of 4.
 
     def load(self, array: Words, i: Any) -> U32:
@@ -220,7 +252,7 @@ class SimtBlock:
     def load4(self, array: Words, i: Any) -> list[U32]:
         """Four words that follow each other."""
         code = f"ld.shared.v4.u32 {{$0, $1, $2, $3}}, [$4 + {4 * array.start}];"
-        return _asm4(code, "=r,=r,=r,=r,r", self._address(i))
+        return _asm_words(4, code, "=r,=r,=r,=r,r", self._address(i))
 
     def store(self, array: Words, i: Any, value: Any, where: Condition | None = None) -> None:
         """Writes a word, in the lanes where the condition holds."""
@@ -261,7 +293,7 @@ class SimtBlock:
     def load4_global(self, row: GlobalRow, i: U32) -> list[U32]:
         """The i-th four words from the boundary; read once, so kept out of L1."""
         code = "ld.global.nc.L1::no_allocate.v4.u32 {$0, $1, $2, $3}, [$4];"
-        return _asm4(code, "=r,=r,=r,=r,l", self._wide_address(row, i << 2))
+        return _asm_words(4, code, "=r,=r,=r,=r,l", self._wide_address(row, i << 2))
 
     def prefetch(self, row: GlobalRow, i: U32, count: U32) -> None:
         """Starts to fetch `count` times four words from the i-th on into the L2; one lane does."""
@@ -282,6 +314,41 @@ class SimtBlock:
             _asm_void("st.global.u32 [$0], $1;", "l,r", address, value)
         else:
             _asm_void("@$2 st.global.u32 [$0], $1;", "l,r,b", address, value, where)
+
+    def place(self, array: ir.Value, width: int, offset: Any) -> Place:
+        """Each lane's words in the rows of an array, from a word on that may differ by lane."""
+        byte = arith.shli(_wide(_word(offset)), _constant(2, 64))
+        return Place(arith.addi(llvm.ptrtoint(_int(64), utils.memref_ptr(array)), byte), width)
+
+    def load_at(
+        self, place: Place, row: U32, count: int = 1, apart: int = 1, passing: bool = False
+    ) -> list[U32]:
+        """So many words of a row; those that pass are not kept in L1, and leave the L2 first."""
+        hint, policy, operand = "", "", ""
+        if passing:
+            hint, operand = ".L1::no_allocate.L2::cache_hint", ", hint"
+            policy = ".reg .b64 hint; createpolicy.fractional.L2::evict_first.b64 hint, 1.0;"
+        loads = " ".join(
+            f"ld.global.nc{hint}.u32 ${n}, [at + {4 * n * apart}]{operand};" for n in range(count)
+        )
+        code = f"{{ {policy} {self._address_at(place, count)} {loads} }}"
+        constraints = ",".join(["=&r"] * count + ["r", "l"])
+        return _asm_words(count, code, constraints, row, U32(place.start))
+
+    def add_at(self, place: Place, row: U32, pairs: list[tuple[U32, U32]], apart: int = 1) -> None:
+        """Adds pairs of floats to pairs of a row, so far apart, each where the place is even."""
+        values = [x for pair in pairs for x in pair]
+        adds = " ".join(
+            f"red.relaxed.gpu.global.add.v2.f32 [at + {4 * n * apart}], {{${2 * n}, ${2 * n + 1}}};"
+            for n in range(len(pairs))
+        )
+        code = f"{{ {self._address_at(place, len(values))} {adds} }}"
+        constraints = ",".join(["r"] * len(values) + ["r", "l"])
+        _asm_void(code, constraints, *values, row, U32(place.start))
+
+    def _address_at(self, place: Place, first: int) -> str:
+        row, start = f"${first}", f"${first + 1}"
+        return f".reg .b64 at; mad.wide.u32 at, {row}, {4 * place.width}, {start};"
 
     def _wide_address(self, row: GlobalRow, i: U32) -> U32:
         return U32(arith.addi(row.base, _wide(arith.shli(i.value, _word(2)))))
@@ -330,6 +397,13 @@ class SimtBlock:
         return tree.unflatten(U32(x) for x in op.results)
 
 
+class SimtWarpgroup(SimtBlock):
+    """The lanes of one warpgroup of a CTA; without shared memory, and without a barrier."""
+
+    def __init__(self):
+        self._set_lanes(4 * WARP, U32(utils.thread_idx()) & (4 * WARP - 1))
+
+
 def _int(bits: int) -> ir.Type:
     return ir.IntegerType.get_signless(bits)
 
@@ -362,11 +436,13 @@ def _asm(code: str, constraints: str, *operands: Any) -> U32:
     return U32(llvm.inline_asm(_int(32), values, code, constraints, has_side_effects=True))
 
 
-def _asm4(code: str, constraints: str, *operands: Any) -> list[U32]:
-    four = llvm.StructType.get_literal([_int(32)] * 4)
+def _asm_words(count: int, code: str, constraints: str, *operands: Any) -> list[U32]:
+    if count == 1:
+        return [_asm(code, constraints, *operands)]
+    words = llvm.StructType.get_literal([_int(32)] * count)
     values = [_operand(x) for x in operands]
-    result = llvm.inline_asm(four, values, code, constraints, has_side_effects=True)
-    return [U32(llvm.extractvalue(_int(32), result, [n])) for n in range(4)]
+    result = llvm.inline_asm(words, values, code, constraints, has_side_effects=True)
+    return [U32(llvm.extractvalue(_int(32), result, [n])) for n in range(count)]
 
 
 def _asm_void(code: str, constraints: str, *operands: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.hopper.simt import WARP, GlobalRow, Words
+from pallas_kernels.hopper.simt import WARP, GlobalRow, Place, Words
 
 _NOBODY, _SEVERAL = -1, -2
 
@@ -68,11 +68,22 @@ class ModelBlock:
         with np.errstate(invalid="ignore"):  # signalling NaN
             return (x.view(np.float32) + np.float32(0)).view(np.uint32)
 
+    def low_bf16(self, x):
+        return x << 16
+
+    def high_bf16(self, x):
+        return x & np.uint32(0xFFFF0000)
+
+    def add_floats(self, x, y):
+        with np.errstate(invalid="ignore"):
+            return (x.view(np.float32) + y.view(np.float32)).view(np.uint32)
+
     # Warps.
 
     def shuffle(self, x, lane):
         self._whole_warps()
-        return np.repeat(x.reshape(-1, WARP)[:, lane], WARP)
+        lanes = np.broadcast_to(lane, (self.threads,)).reshape(-1, WARP).astype(np.int64)
+        return np.take_along_axis(x.reshape(-1, WARP), lanes, axis=1).ravel()
 
     def scan(self, x):
         self._whole_warps()
@@ -85,6 +96,11 @@ class ModelBlock:
     def any(self, condition):
         self._whole_warps()
         return np.repeat(condition.reshape(-1, WARP).any(axis=1), WARP)
+
+    def ballot(self, condition):
+        self._whole_warps()
+        bits = condition.reshape(-1, WARP).astype(np.uint32) << np.arange(WARP, dtype=np.uint32)
+        return np.repeat(bits.sum(axis=1, dtype=np.uint32), WARP)
 
     # Shared memory.
 
@@ -166,6 +182,29 @@ class ModelBlock:
         array, base = row.base
         lanes = self._active if where is None else self._active & where
         array.view(np.uint32)[base + (i + row.skew)[lanes].astype(np.int64)] = value[lanes]
+
+    def place(self, array, width, offset):
+        return Place((array, offset + self.constant(0)), width)
+
+    def load_at(self, place, row, count=1, apart=1, passing=False):
+        del passing
+        array, at = self._words_at(place, row)
+        found = [self.constant(0xDEADBEEF) for _ in range(count)]
+        for n, word in enumerate(found):
+            word[self._active] = array.view(np.uint32)[at + n * apart]
+        return found
+
+    def add_at(self, place, row, pairs, apart=1):
+        array, at = self._words_at(place, row)
+        assert not (at % 2).any(), "vector access off its alignment"
+        for n, pair in enumerate(pairs):
+            for i, value in enumerate(pair):
+                added = value[self._active].view(np.float32)
+                np.add.at(array.view(np.float32), at + n * apart + i, added)
+
+    def _words_at(self, place, row):
+        array, offset = place.start
+        return array, (row.astype(np.int64) * place.width + offset)[self._active]
 
     # Control.
 

@@ -97,6 +97,6 @@ class SharePlan:
 
     def for_each_query(self, first, body, carry):
         """`carry = body(query of the window, carry)` over this CTA's share of the window."""
-        queries = jnp.minimum(self.window, self.total - first)
+        queries = jnp.clip(self.total - first, 0, self.window)
         mine = lax.axis_index("lane")
         return strided_loop(queries, body, carry, mine=mine, ctas=self.lanes)

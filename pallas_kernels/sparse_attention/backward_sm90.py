@@ -5,11 +5,11 @@ What is computed, for a window of queries after another, as many as the workspac
     weights_sm90    P and dS, [window, N, K] in bf16
     dq_sm90         dQ = dS K
     rows_sm90       for every query and selected key the row dS^T Q + P^T dO, in bf16
-    sum_rows_sm90   dKV: the rows of each key added up in fp32, in the order of the queries
+    add_rows        dKV: the rows of each key added up in fp32, in the order of the queries
 
-P and dS and the sums are one kernel, `weights_and_sums_sm90`: where the keys stay in the L2, P and
-dS of a window run beside the sums of the one before. The ones keep the tensor core busy, the others
-wait for the memory.
+The sums are no kernel of their own: a warpgroup in the CTAs of dQ adds up the first part of a
+window's rows, and one in the CTAs of P and dS of the next window the rest. The products keep the
+tensor core busy, the sums wait for the memory.
 
 Adding rows where they belong with atomics would take as long: a fp32 row costs 2.3 KB of atomic
 traffic, a bf16 row 1.15 KB written and 1.15 KB read; and atomics slow down to a third once dKV is
@@ -21,28 +21,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hopper.add_rows import bounds_of_ranges
 from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.sparse_attention import (
     dq_sm90,
     forward_sm90,
     rows_sm90,
+    sums_sm90,
     weights_and_sums_sm90,
 )
-from pallas_kernels.sparse_attention.backward_lists import BLOCK, ascending, pairs_by_block
+from pallas_kernels.sparse_attention.backward_lists import ascending, pairs_by_key
+from pallas_kernels.sparse_attention.backward_shares import share_columns
 from pallas_kernels.tiling import vary_like
 
 TILES = 128  # selected keys, of which the kernels take two tiles at a time
 # A window costs a pass over dKV in fp32 and the ends of three kernels, so that few are better.
 WORKSPACE_BYTES = 4 * 2**30
 L2_BYTES = 50 * 2**20
-SUMMING = 24, 66
-"""How many clusters of how many add up rows beside those of P and dS."""
 
 
 def unsupported(q, kv, *, value_width: int) -> str | None:
@@ -66,12 +67,13 @@ def backward(
 
 def gradients(
     q, kv, indices, out, lse, dout, dlse, *,
-    scale, window, sms: int = 132, beside: bool | None = None, interpret=None,
+    scale, window, sms: int = 132, cuts: Any = None, interpret=None,
 ):  # fmt: skip
     """The gradients of q, and of kv in f32, with at most so many queries in a window.
 
-    `beside` says whether sums run beside P and dS; by default where that is faster.
+    `cuts` are where the rows of a window are divided; by default so that it takes least time.
     """
+    cuts = _cuts(kv.nbytes) if cuts is None else cuts
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     finite = jnp.isfinite(lse)  # a query without keys gives no gradient, and takes none
@@ -89,36 +91,32 @@ def gradients(
     indices = ascending(indices.reshape(batch * queries, -1), rows)
     indices = jnp.repeat(indices, split, axis=0)
     total, selected = indices.shape
-    blocks = -(-batch * rows // BLOCK)
-    parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
-    window = _even(total, max(1, window * split), sms)
+    window, part = _even(total, max(1, window * split), sms), share_columns(width)
     call = _Call(
         arrays=(*(by_query(x) for x in (q, dout, out, lse, dlse)), kv.reshape(-1, width), indices),
-        # The kernels write all of these: nothing has to be there before.
+        # The kernels write these two: nothing has to be there before.
         dq=jax.new_ref(lax.empty((total, some, width), q.dtype)),
-        sums=jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32)),
-        added=jax.new_ref(lax.empty((window * selected, width), q.dtype)),
+        added=jax.new_ref(lax.empty((width // part, window * selected, part), q.dtype)),
+        sums=jax.new_ref(jnp.zeros((batch * rows, width), jnp.float32)),
         scale=scale,
+        cuts=cuts,
         options={"sms": sms, "interpret": interpret, "window": window},
         queries=queries * split,
         rows=rows,
         total=total,
     )
-    # Rows that pass through the L2 drive keys out of it.
-    beside = kv.nbytes <= L2_BYTES // 2 if beside is None else beside
-    # Side by side the last step has no queries, only the sums of those of the step before.
-    steps = -(-total // window) + beside
-    firsts = window * jnp.arange(steps, dtype=jnp.int32)
-    step = call.side_by_side if beside else call.in_turn
+    firsts = window * jnp.arange(-(-total // window), dtype=jnp.int32)
+    lists = vary_like(call.no_lists(), (q, kv, indices))
     if interpret is None:
-        lax.scan(lambda _, first: (None, step(first)), None, firsts)
+        lists, _ = lax.scan(lambda lists, first: (call.step(first, lists), None), lists, firsts)
     else:  # two interpreted kernels in one program wait for each other
         for first in firsts:
-            step(first)
+            lists = call.step(first, lists)
+    call.finish(lists)
     # The kernels do not tell over which mesh axes their results vary.
-    dq, dkv = vary_like((jax.freeze(call.dq), jax.freeze(call.sums).sum(0)), (q, kv))
+    dq, dkv = vary_like((jax.freeze(call.dq), jax.freeze(call.sums)), (q, kv))
     dq = dq.reshape(batch, queries, -1, width)[:, :, :heads]
-    return dq, dkv[: batch * rows].reshape(batch, rows, width)
+    return dq, dkv.reshape(batch, rows, width)
 
 
 def _even(total: int, limit: int, sms: int) -> int:
@@ -128,63 +126,105 @@ def _even(total: int, limit: int, sms: int) -> int:
     return filling if filling <= min(limit, total) else window
 
 
+def _cuts(key_bytes: int) -> tuple[float, float]:
+    """Up to where rows are added up beside dQ, and from where on beside P and dS; else alone.
+
+    Rows that pass through the L2 drive keys out of it, above all those of dQ, whose shares of
+    columns are gathered at different times; and beside P and dS sums are quick only as long as
+    there are few. So this is measured.
+    """
+    if key_bytes <= L2_BYTES // 2:
+        return 0.2, 0.6
+    return (0.0, 0.65) if key_bytes <= L2_BYTES else (0.0, 1.0)
+
+
+class _Lists(NamedTuple):
+    """The rows of a window by key: what `hopper.add_rows` goes by."""
+
+    pairs: Any
+    keys: Any
+    beside_dq: Any  # bounds of ranges of what is added up beside dQ
+    alone: Any  # the same of what is added up with nothing beside
+    beside_weights: Any  # and beside P and dS of the next window, if there is one
+    at_the_end: Any  # and else
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """What the windows of a call have in common. Queries are those of all rows of the batch."""
 
     arrays: tuple[Any, ...]  # q, dO, O, lse in base 2, dlse, by query and head; keys; selections
     dq: Any  # a ref
-    sums: Any  # a ref: parts of dKV
     added: Any  # a ref: rows of a window
+    sums: Any  # a ref: dKV
     scale: float
+    cuts: Any  # of the lists
     options: dict[str, Any]
     queries: int  # of a row of the batch
     rows: int  # keys of a row of the batch
     total: int  # queries
 
-    def side_by_side(self, first) -> None:
-        """P and dS of a window beside the sums of the one before, which the first does not have."""
-        window = self.options["window"]
-        some = max(1, self._clusters() * SUMMING[0] // SUMMING[1])
-        some = jnp.where(first == 0, 0, jnp.where(first < self.total, some, self._clusters()))
-        lists = self._lists(first - window)
-        self._products(first, *self._weights_and_sums(first, some, first == window, lists))
+    def step(self, first, before: _Lists) -> _Lists:
+        """The kernels of a window, and what is left to add up of the one before.
 
-    def in_turn(self, first) -> None:
-        """P and dS of a window, then its sums."""
+        Returns what is left to add up of this one.
+        """
+        q, dout, out, lse, dlse, kv, indices = self.arrays
+        start, places = first.reshape(1), {"queries": self.queries, "rows": self.rows}
+        weights, dscores = weights_and_sums_sm90.weights_and_sums(
+            start, q, dout, out, lse, dlse, kv, indices,
+            self.added, before.pairs, before.keys, before.beside_weights, self.sums,
+            scale=self.scale, **places, **self.options,
+        )  # fmt: skip
+        rows_sm90.rows_of_queries(start, q, dout, weights, dscores, self.added, **self.options)
         lists = self._lists(first)
-        self._products(first, *self._weights_and_sums(first, 0, 0, lists))
-        self._weights_and_sums(self.total, self._clusters(), first == 0, lists)
-
-    def _clusters(self) -> int:
-        return weights_and_sums_sm90.clusters(self.arrays[0].shape[1], self.options["sms"])
-
-    def _lists(self, first):
-        """Those of a window; empty ones before the first."""
-        *_, keys, indices = self.arrays
-        blocks = -(-keys.shape[0] // BLOCK)
-        number = first + jnp.arange(self.options["window"])
-        exists = (number >= 0) & (number < self.total)
-        mine = jnp.take(indices, jnp.where(exists, number, 0), axis=0)
-        key = mine + (number // self.queries * self.rows)[:, None]  # in all rows of the batch
-        key = jnp.where(exists[:, None] & (mine < self.rows), key, blocks * BLOCK)
-        return pairs_by_block(key, blocks=blocks)
-
-    def _weights_and_sums(self, first, summing, begins, lists):
-        q, dout, out, lse, dlse, keys, indices = self.arrays
-        work = jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, summing, begins)])
-        return weights_and_sums_sm90.weights_and_sums(
-            work, q, dout, out, lse, dlse, keys, indices, self.added, lists, self.sums,
-            scale=self.scale, queries=self.queries, rows=self.rows, **self.options,
-        )  # fmt: skip
-
-    def _products(self, first, weights, dscores) -> None:
-        q, dout, *_, keys, indices = self.arrays
-        start = first.reshape(1)
+        self._sum(lists, lists.alone)
         dq_sm90.dq_of_queries(
-            start, keys, indices, dscores, self.dq,
-            queries=self.queries, rows=self.rows, **self.options,
+            start, kv, indices, dscores,
+            self.added, lists.pairs, lists.keys, lists.beside_dq, self.sums, self.dq,
+            **places, **self.options,
         )  # fmt: skip
-        rows_sm90.rows_of_queries(
-            start, q, dout, weights, dscores, self.added, **self.options
-        )  # fmt: skip
+        return lists
+
+    def finish(self, lists: _Lists) -> None:
+        """What is left to add up of the last window."""
+        self._sum(lists, lists.at_the_end)
+
+    def _sum(self, lists: _Lists, bounds) -> None:
+        options = {name: self.options[name] for name in ("sms", "interpret")}
+        sums_sm90.sum_rows(self.added, lists.pairs, lists.keys, bounds, self.sums, **options)
+
+    def no_lists(self) -> _Lists:
+        """Those before the first window."""
+        nothing = jnp.zeros(self.added.shape[1], jnp.int32)
+        return _Lists(nothing, nothing, *(jnp.zeros(n + 1, jnp.int32) for n in self._ranges()))
+
+    def _lists(self, first) -> _Lists:
+        """Those of a window."""
+        *_, indices = self.arrays
+        batch_rows = self.sums.shape[0]
+        number = first + jnp.arange(self.options["window"], dtype=jnp.int32)
+        mine = jnp.take(indices, jnp.minimum(number, self.total - 1), axis=0)
+        key = mine + (number // self.queries * self.rows)[:, None]  # in all rows of the batch
+        exists = (number < self.total)[:, None] & (mine < self.rows)
+        pairs, keys = pairs_by_key(jnp.where(exists, key, batch_rows), largest=batch_rows)
+        count = jnp.sum(exists, dtype=jnp.int32)
+        first_cut, second_cut = (
+            (count.astype(jnp.float32) * part).astype(jnp.int32) for part in self.cuts
+        )
+        limits = (0, first_cut), (first_cut, second_cut), (second_cut, count), (second_cut, count)
+        parts = [(*both, n) for both, n in zip(limits, self._ranges(), strict=True)]
+        return _Lists(pairs, keys, *bounds_of_ranges(keys, parts))
+
+    def _ranges(self) -> tuple[int, int, int, int]:
+        """Of the lists, in the order of `_Lists`."""
+        _, heads, width = self.arrays[0].shape
+        some = self.added.shape[1], width
+        options = {name: self.options[name] for name in ("sms", "interpret")}
+        alone = sums_sm90.adder_of(*some, **options).ranges
+        return (
+            dq_sm90.adder_of(*some, **options).ranges,
+            alone,
+            weights_and_sums_sm90.adder_of(*some, heads, **options).ranges,
+            alone,
+        )

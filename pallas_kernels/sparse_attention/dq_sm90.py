@@ -6,13 +6,15 @@
     dQ[n] = sum_k dS[n, k] kv[k]                        over the selected keys k of a query
 
 A CTA computes one share of the columns (192 of 576) for queries one after the other, for all heads:
-so what it gathers of a key is needed once. Three warpgroups:
+so what it gathers of a key is needed once. Four warpgroups:
 
     UPPER, LOWER  dQ of 64 heads each
     LOADER        fills a ring with tiles of 64 keys and their dS
+    ADDER         adds up rows of this window that are there already (`hopper.add_rows`)
 
 SMEM at 576 columns and 128 heads: 4 x (16,384 dS + 24,576 keys) of ring, 2 x 24,576 of dQ on its
-way out, 2,048 of indices. Registers of a thread: UPPER and LOWER 216 (96 of dQ), LOADER 40.
+way out, 2,048 of indices. Registers of a thread: UPPER and LOWER 168 (96 of dQ), LOADER 40, ADDER
+128.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.add_rows import Adder
 from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply_add
@@ -41,8 +44,9 @@ HEADS = 64  # of a warpgroup
 KEYS = 64  # of a tile
 SLOTS = 4  # of the ring
 INDEX_SLOTS = 6
-UPPER, LOWER, LOADER = range(3)
-_REGISTERS = {UPPER: 216, LOWER: 216, LOADER: 40}
+UPPER, LOWER, LOADER, ADDER = range(4)
+_REGISTERS = {UPPER: 168, LOWER: 168, LOADER: 40, ADDER: 128}
+_DEPTH = 24  # rows that a warp of ADDER has on their way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,18 +159,23 @@ def _multiply(plan: _Plan, role, share, first, dq, s: _Shared):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(first, kv, indices, dscores, dq, *, plan: _Plan, **shared):
+def _kernel(first, kv, indices, dscores, *refs, plan: _Plan, adder: Adder, **shared):
+    *listed, dq = refs
     words = shared.pop("landed", shared["picked"])
     landing = Landing(words, 4 * INDEX_SLOTS * KEYS, SLOTS, plan.interpret)
     s = _Shared(**shared, landing=landing)
     role = lax.axis_index("role")
     start = first[0]
-    for number in (UPPER, LOWER, LOADER):
+    for number, registers in _REGISTERS.items():
 
         @pl.when(role == number)
-        def _(number=number):
-            action = "decrease" if number == LOADER else "increase"
-            plgpu.set_max_registers(_REGISTERS[number], action=action)
+        def _(number=number, registers=registers):
+            if registers != 128:  # what a thread has to begin with
+                action = "increase" if registers > 128 else "decrease"
+                plgpu.set_max_registers(registers, action=action)
+            if number == ADDER:
+                adder.add(lax.axis_index("share") * plan.lanes + lax.axis_index("lane"), *listed)
+                return
             for share in range(plan.shares):
 
                 @pl.when(lax.axis_index("share") == share)
@@ -177,14 +186,40 @@ def _kernel(first, kv, indices, dscores, dq, *, plan: _Plan, **shared):
                         _multiply(plan, number, share, start, dq, s)
 
 
-def dq_of_queries(first, kv, indices, dscores, dq, *, window, queries, rows, sms, interpret=None):
-    """Writes dQ of a window of queries.
+def _lanes(width: int, sms: int) -> int:
+    """CTAs of a share."""
+    return max(1, sms // (width // share_columns(width)))
+
+
+def adder_of(rows: int, width: int, sms: int, interpret=None) -> Adder:
+    """What adds so many rows up beside dQ."""
+    share = share_columns(width)
+    return Adder(
+        rows=rows,
+        width=width,
+        share=share,
+        ctas=width // share * _lanes(width, sms),
+        depth=_DEPTH,
+        interpret=interpret is not None,
+    )
+
+
+def dq_of_queries(
+    first, kv, indices, dscores, added, pairs, keys, bounds, sums, dq, *,
+    window, queries, rows, sms, interpret=None,
+):  # fmt: skip
+    """Writes dQ of a window of queries, and adds up some of its rows.
 
     Args:
         first: i32 `[1]`, the first query of the window.
         kv: bf16 `[batch x S, C + R]`.
         indices: i32 `[all queries, K]`, K a multiple of 64.
         dscores: dS, bf16 `[window, K / 64, N, 64]`.
+        added: a `jax.Ref`, bf16 `[shares, window x K, columns]`, the rows.
+        pairs: i32 `[window x K]`, rows by key.
+        keys: i32 `[window x K]`, their keys.
+        bounds: i32, the ranges of `adder_of`.
+        sums: a `jax.Ref`, f32 `[batch x S, C + R]`, to which listed rows are added.
         dq: a `jax.Ref`, bf16 `[all queries, N, C + R]`, N 64 or 128, of which it writes the window.
         window: queries of the window.
         queries: T of a batch row.
@@ -202,9 +237,11 @@ def dq_of_queries(first, kv, indices, dscores, dq, *, window, queries, rows, sms
         tiles=indices.shape[-1] // KEYS,
         window=window,
         total=total,
-        lanes=max(1, min(sms // (width // part), window)),
+        lanes=_lanes(width, sms),
         interpret=interpret is not None,
     )
+
+    adder = adder_of(added.shape[1], width, sms, interpret)
 
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
@@ -212,7 +249,7 @@ def dq_of_queries(first, kv, indices, dscores, dq, *, window, queries, rows, sms
     landed = {"landed": plgpu.Barrier(num_barriers=SLOTS)} if plan.interpret else {}
 
     def sparse_attention_dq(*refs, **scratch):  # its name is the kernel's
-        _kernel(*refs, plan=plan, **scratch)
+        _kernel(*refs, plan=plan, adder=adder, **scratch)
 
     plgpu.kernel(
         sparse_attention_dq,
@@ -229,10 +266,10 @@ def dq_of_queries(first, kv, indices, dscores, dq, *, window, queries, rows, sms
         },
         grid=(plan.shares, plan.lanes),
         grid_names=("share", "lane"),
-        num_threads=3,
+        num_threads=4,
         thread_name="role",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         **({"interpret": interpret} if interpret is not None else {}),
-    )(first, kv, indices, dscores, dq)
+    )(first, kv, indices, dscores, added, pairs, keys, bounds, sums, dq)

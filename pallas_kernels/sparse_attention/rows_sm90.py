@@ -129,7 +129,6 @@ def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
     """EVEN and ODD."""
     values = plan.value_columns(share)
     shift = share * plan.part - plan.value_start(share) if values else 0
-    columns = pl.ds(share * plan.part, plan.part)
     # Apart where a share ends with columns that are no value.
     widths = [w for w in (values, plan.part - values) if w]
 
@@ -162,7 +161,7 @@ def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
             out[...] = part.astype(jnp.bfloat16)
         plgpu.commit_smem()
         tile = query * plan.tiles + 2 * j + role
-        target = rows.at[pl.ds(tile * KEYS, KEYS), columns]
+        target = rows.at[share, pl.ds(tile * KEYS, KEYS)]
         plgpu.copy_smem_to_gmem(s.out_tile.at[slot], target)
 
     def work_item(query, _):
@@ -208,7 +207,8 @@ def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, int
         dout: bf16 `[all queries, N, C]`.
         weights: P, bf16 `[window, K / 64, N, 64]`, K a multiple of 128.
         dscores: dS, as P.
-        added: a `jax.Ref`, bf16 `[window x K, C + R]`; what lies past the last query stays.
+        added: a `jax.Ref`, bf16 `[shares, window x K, columns]`, shares of the C + R columns; what
+            lies past the last query stays.
         window: queries of the window.
         sms: CTAs.
         interpret: parameters of interpret mode, or None.

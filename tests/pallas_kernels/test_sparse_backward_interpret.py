@@ -1,7 +1,5 @@
 """The kernels of sparse attention's backward in GPU interpret mode with race detection (ring 1)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import add_rows
 from pallas_kernels.sparse_attention import (
     backward_lists,
     backward_sm90,
@@ -17,6 +16,7 @@ from pallas_kernels.sparse_attention import (
     rows_sm90,
     weights_and_sums_sm90,
 )
+from pallas_kernels.sparse_attention.backward_shares import share_columns
 
 SCALE = 0.1
 # P, dS, out and the results are rounded to bf16 (2**-9 of each value); the sums are of independent
@@ -60,8 +60,8 @@ def error(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_backward(beside):
+@pytest.mark.parametrize("window", [9, 1])
+def test_backward(window):
     """The kernels and what is between them, against fp32; in one window, and in two."""
     q, kv, indices, dout, dlse = arguments(2, 1, 90, 64, 256, 0, 70)
     options = {"scale": SCALE, "workspace_bytes": 2**30}
@@ -71,7 +71,7 @@ def test_backward(beside):
     # Not jitted: two interpreted kernels in one program wait for each other.
     found = backward_sm90.gradients(
         q, kv, indices, out, lse, dout, dlse,
-        scale=SCALE, window=1 if beside else 9, sms=2, beside=beside, interpret=interpret(),
+        scale=SCALE, window=window, sms=2, interpret=interpret(),
     )  # fmt: skip
     assert no_races()
     for one, other in zip(found, expected, strict=True):
@@ -92,20 +92,26 @@ def in_tiles(x):
     return x.reshape(queries, heads, selected // 64, 64).swapaxes(1, 2)
 
 
-def pairs_to_sum(queries, selected, parts, width):
-    """Selections of 150 keys with holes at their ends, rows, their lists, sums; the new sums."""
-    rng = np.random.default_rng(0)
-    keys, blocks = 150, 3
-    picked = np.full((queries, selected), 64 * blocks, np.int32)
+def rows_to_sum(rng, queries, selected, width, ranges):
+    """Rows of selections with holes at their ends: `(rows, pairs, keys, bounds)`, sums, new sums.
+
+    Of 150 keys some are selected by no query.
+    """
+    keys = 150
+    picked = np.full((queries, selected), keys, np.int32)
     for t in range(queries):
-        count = [selected, 0, selected // 2, 1][t % 4]
+        count = [30, 0, 20, 1][t % 4]
         picked[t, :count] = np.sort(rng.permutation(np.arange(10, keys))[:count])
     rows = rng.integers(-99, 99, (queries, selected, width))
-    lists = jax.jit(functools.partial(backward_lists.pairs_by_block, blocks=blocks))(picked)
-    before = rng.integers(-99, 99, (parts, blocks * 64, width)).astype(np.float32)
-    added = np.zeros(before.shape[1:], np.float32)
-    np.add.at(added, picked[picked < keys], rows[picked < keys])
-    return jnp.asarray(rows, jnp.bfloat16).reshape(-1, width), lists, before, added
+    pairs, in_order = backward_lists.pairs_by_key(jnp.asarray(picked), largest=keys)
+    count = jnp.int32((picked < keys).sum())
+    [bounds] = add_rows.bounds_of_ranges(in_order, [(0, count, ranges)])
+    before = rng.integers(-99, 99, (keys, width)).astype(np.float32)
+    after = before.copy()
+    np.add.at(after, picked[picked < keys], rows[picked < keys])
+    shares = jnp.asarray(rows, jnp.bfloat16).reshape(queries * selected, -1, share_columns(width))
+    added = jax.new_ref(shares.swapaxes(0, 1))
+    return (added, pairs, in_order, bounds), jax.new_ref(jnp.asarray(before)), after
 
 
 def test_second_window():
@@ -118,14 +124,13 @@ def test_second_window():
     delta = jnp.einsum("tnc,tnc->tn", *wide(out, dout)) - dlse
     window = {"window": 3, "queries": 3, "rows": 200, "sms": 2, "interpret": interpret()}
     start = jnp.array([1], jnp.int32)
-    before_it, lists, before, change = pairs_to_sum(3, 128, 1, q.shape[-1])
-    sums = jax.new_ref(jnp.asarray(before))
+    ranges = weights_and_sums_sm90.adder_of(384, q.shape[-1], 128, 2).ranges
+    listed, sums, after = rows_to_sum(rng, 3, 128, q.shape[-1], ranges)
     weights, dscores = weights_and_sums_sm90.weights_and_sums(
-        jnp.array([1, 1, 0]), q, dout, out, lse + 9, dlse, kv, indices, before_it, lists, sums,
-        scale=SCALE, **window,
-    )  # fmt: skip
+        start, q, dout, out, lse + 9, dlse, kv, indices, *listed, sums, scale=SCALE, **window
+    )
     assert no_races()
-    np.testing.assert_array_equal(jax.freeze(sums)[0], before[0] + change)
+    np.testing.assert_array_equal(jax.freeze(sums), after)
     rows, exists = reference.gather(wide(kv)[0][None], indices[None])
     q32, dout32 = wide(q, dout)
     scores = SCALE * jnp.einsum("tnd,tkd->tnk", q32, rows[0]) - (lse + 9)[..., None] * np.log(2)
@@ -135,15 +140,16 @@ def test_second_window():
     for found, other in ((weights, expected), (dscores, dexpected)):
         assert error(found[:2], in_tiles(other)[1:]) < RELATIVE
 
-    dq, added = (
-        jax.new_ref(jnp.zeros(shape, q.dtype)) for shape in (q.shape, (3 * 128, q.shape[-1]))
-    )
-    dq_sm90.dq_of_queries(start, kv, indices, dscores, dq, **window)
+    dq, added = (jax.new_ref(jnp.zeros(shape, q.dtype)) for shape in (q.shape, (5, 3 * 128, 64)))
+    ranges = dq_sm90.adder_of(384, q.shape[-1], 2).ranges
+    listed, sums, after = rows_to_sum(rng, 3, 128, q.shape[-1], ranges)
+    dq_sm90.dq_of_queries(start, kv, indices, dscores, *listed, sums, dq, **window)
     assert no_races()
+    np.testing.assert_array_equal(jax.freeze(sums), after)
     options = {name: window[name] for name in ("window", "sms", "interpret")}
     rows_sm90.rows_of_queries(start, q, dout, weights, dscores, added, **options)
     assert no_races()
-    dq, added = jax.freeze(dq), jax.freeze(added).reshape(3, 128, -1)
+    dq, added = jax.freeze(dq), jax.freeze(added).swapaxes(0, 1).reshape(3, 128, -1)
     assert not dq[0].any()  # it comes before the window
     assert not added[2].any()  # which ends here
 
@@ -169,39 +175,13 @@ def test_ascending(order):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_pairs_by_block():
-    """More queries than are counted together, blocks without pairs."""
+@pytest.mark.parametrize("shift", [0, 2**16])
+def test_pairs_by_key(shift):
+    """Queries ascend within a key; what is no key comes last."""
     rng = np.random.default_rng(0)
-    queries, selected, blocks = 70, 20, 5
-    picked = np.sort(rng.integers(64, 64 * (blocks - 1), (queries, selected)), axis=1)
-    picked[::3, 13:] = 64 * blocks
-    find = jax.jit(functools.partial(backward_lists.pairs_by_block, blocks=blocks))
-    first, count, pairs, keys = map(np.asarray, find(jnp.asarray(picked, jnp.int32)))
-    flat = picked.reshape(-1)
-    for block in range(blocks):
-        [expected] = np.nonzero(flat // 64 == block)
-        assert count[block] == -(-len(expected) // 64)
-        mine = slice(64 * first[block], 64 * first[block] + len(expected))
-        rest = slice(mine.stop, 64 * (first[block] + count[block]))
-        np.testing.assert_array_equal(pairs[mine], expected)
-        np.testing.assert_array_equal(keys[mine], flat[expected] % 64)
-        assert (pairs[rest] == -1).all()
-        assert (keys[rest] == -1).all()
-
-
-def test_sums_after_the_last_window():
-    """Keys that all queries select, that none does; lists cut into parts; bits, not tolerances."""
-    queries, width, parts = 5, 128, 2
-    added, lists, before, change = pairs_to_sum(queries, 128, parts, width)
-    heads = jnp.zeros((queries, 64, width), jnp.bfloat16)
-    numbers = jnp.zeros((queries, 64))
-    for fresh in (True, False):  # begins, or goes on from what is there
-        sums = jax.new_ref(jnp.asarray(before * np.nan if fresh else before))
-        weights_and_sums_sm90.weights_and_sums(
-            jnp.array([queries, 2, fresh]), heads, heads, heads, numbers, numbers, heads[0],
-            jnp.zeros((queries, 128), jnp.int32), added, lists, sums,
-            window=queries, queries=queries, rows=64, scale=1.0, sms=2, interpret=interpret(),
-        )  # fmt: skip
-        assert no_races()
-        expected = change if fresh else change + before.sum(axis=0)
-        np.testing.assert_array_equal(jax.freeze(sums).sum(axis=0), expected)
+    keys = np.sort(rng.integers(0, 30, (70, 20)), axis=1).astype(np.int32) + shift
+    find = jax.jit(backward_lists.pairs_by_key, static_argnames="largest")
+    pairs, in_order = map(np.asarray, find(keys, largest=29 + shift))
+    expected = np.argsort(keys.reshape(-1), kind="stable")
+    np.testing.assert_array_equal(pairs, expected)
+    np.testing.assert_array_equal(in_order, keys.reshape(-1)[expected])

@@ -33,6 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import roles
 from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply, multiply_add
@@ -42,9 +43,8 @@ HEADS = 64  # I
 KEYS = 64  # of a tile
 SLOTS = 3  # of a ring
 INDEX_SLOTS = SLOTS + 1  # of each warpgroup: refilled when the rows of its last tile have landed
-EVEN, ODD, LOADER = range(3)
-_CONSUMERS = (EVEN, ODD)
-_REGISTERS = {EVEN: 232, ODD: 232, LOADER: 40}
+EVEN, ODD = _CONSUMERS = 0, 1
+_REGISTERS = 232, 232, 40  # of EVEN, ODD, LOADER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,24 +215,6 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(first, iq, ik, iw, d, indices, tiles, rows, diq, diw, *, plan: _Plan, **shared):
-    words = shared.pop("landed", shared["picked"])
-    landing = Landing(words, 4 * 2 * INDEX_SLOTS * KEYS, 2 * SLOTS, plan.interpret)
-    s = _Shared(**shared, landing=landing)
-    role = lax.axis_index("role")
-    start = first[0]
-    for number in (EVEN, ODD, LOADER):
-
-        @pl.when(role == number)
-        def _(number=number):
-            action = "decrease" if number == LOADER else "increase"
-            plgpu.set_max_registers(_REGISTERS[number], action=action)
-            if number == LOADER:
-                _load(plan, start, ik, indices, d, tiles, s)
-            else:
-                _multiply(plan, number, start, iq, iw, tiles, rows, diq, diw, s)
-
-
 def gradient(first, iq, ik, iw, d, indices, tiles, *, window, queries, rows, sms, interpret=None):
     """`(rows bf16 [window, K, H], diq bf16 [window, 64, H], diw f32 [window, 64])` of a window.
 
@@ -266,20 +248,25 @@ def gradient(first, iq, ik, iw, d, indices, tiles, *, window, queries, rows, sms
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
-    landed = {"landed": plgpu.Barrier(num_barriers=2 * SLOTS)} if plan.interpret else {}
+    def assign(first, iq, ik, iw, d, indices, tiles, rows, diq, diw, **shared):
+        s, start = _Shared(**shared), first[0]
+        multiply = functools.partial(_multiply, plan)
+        return (
+            lambda: multiply(EVEN, start, iq, iw, tiles, rows, diq, diw, s),
+            lambda: multiply(ODD, start, iq, iw, tiles, rows, diq, diw, s),
+            lambda: _load(plan, start, ik, indices, d, tiles, s),
+        )
 
-    def indexer_loss_gradient(*refs, **scratch):  # its name is the kernel's
-        _kernel(*refs, plan=plan, **scratch)
-
-    return plgpu.kernel(
-        indexer_loss_gradient,
+    return roles.kernel(
+        "indexer_loss_gradient",
+        assign,
+        _REGISTERS,
         out_type=[
             jax.ShapeDtypeStruct((window, indices.shape[1], width), jnp.bfloat16),
             jax.ShapeDtypeStruct((window, HEADS, width), jnp.bfloat16),
             jax.ShapeDtypeStruct((window, HEADS), jnp.float32),
         ],
         scratch_types={
-            **landed,
             "query": tile(2 * HEADS, width),
             "ring": tile(2 * SLOTS, KEYS, width),
             "slopes": plgpu.SMEM((2 * SLOTS, KEYS), jnp.float32),
@@ -292,12 +279,7 @@ def gradient(first, iq, ik, iw, d, indices, tiles, *, window, queries, rows, sms
             "freed": [plgpu.Barrier(num_barriers=SLOTS) for _ in _CONSUMERS],
             "started": plgpu.Barrier(),
         },
-        grid=(plan.ctas,),
-        grid_names=("cta",),
-        num_threads=3,
-        thread_name="role",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        **({"interpret": interpret} if interpret is not None else {}),
+        landing_slots=2 * SLOTS,
+        grid={"cta": plan.ctas},
+        interpret=interpret,
     )(first, iq, ik, iw, d, indices, tiles)

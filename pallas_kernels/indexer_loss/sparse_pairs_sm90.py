@@ -32,6 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import roles
 from pallas_kernels.hopper.gather import Landing, gather_rows
 from pallas_kernels.hopper.tiles import LOG2E, SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
@@ -42,8 +43,8 @@ KEYS = 64  # of a tile
 PART = 128  # columns, at most
 SLOTS = 4  # of the ring, at most
 INDEX_SLOTS = 4
-EVEN, ODD, LOADER = range(3)
-_REGISTERS = {EVEN: 224, ODD: 224, LOADER: 56}
+EVEN, ODD = 0, 1
+_REGISTERS = 224, 224, 56  # of EVEN, ODD, LOADER
 
 
 class _Part(NamedTuple):
@@ -259,23 +260,6 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, s: _Shared):
     plan.for_each_query(tiles, work_item, jnp.int32(0))
 
 
-def _kernel(q, iq, kv, ik, lse, iw, indices, tiles, mass, scores, *, plan: _Plan, **shared):
-    words = shared.pop("landed", shared["picked"])
-    landing = Landing(words, 4 * INDEX_SLOTS * KEYS, 2 * plan.slots, plan.interpret)
-    s = _Shared(**shared, landing=landing)
-    role = lax.axis_index("role")
-    for number in (EVEN, ODD, LOADER):
-
-        @pl.when(role == number)
-        def _(number=number):
-            action = "decrease" if number == LOADER else "increase"
-            plgpu.set_max_registers(_REGISTERS[number], action=action)
-            if number == LOADER:
-                _load(plan, q, iq, kv, ik, indices, tiles, s)
-            else:
-                _weigh(plan, number, lse, iw, tiles, mass, scores, s)
-
-
 def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, interpret=None):
     """`(mass, score)`, f32 `[all queries, K]`; undefined where no key is selected.
 
@@ -310,16 +294,20 @@ def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, 
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
-    landed = {"landed": plgpu.Barrier(num_barriers=2 * plan.slots)} if plan.interpret else {}
+    def assign(q, iq, kv, ik, lse, iw, indices, tiles, mass, scores, **shared):
+        s = _Shared(**shared)
+        return (
+            lambda: _weigh(plan, EVEN, lse, iw, tiles, mass, scores, s),
+            lambda: _weigh(plan, ODD, lse, iw, tiles, mass, scores, s),
+            lambda: _load(plan, q, iq, kv, ik, indices, tiles, s),
+        )
 
-    def indexer_loss_pairs(*refs, **scratch):  # its name is the kernel's
-        _kernel(*refs, plan=plan, **scratch)
-
-    return plgpu.kernel(
-        indexer_loss_pairs,
+    return roles.kernel(
+        "indexer_loss_pairs",
+        assign,
+        _REGISTERS,
         out_type=[jax.ShapeDtypeStruct(indices.shape, jnp.float32)] * 2,
         scratch_types={
-            **landed,
             "query": [
                 tile(1, INDEX_HEADS if part.of_index else heads, part.width) for part in plan.parts
             ],
@@ -331,12 +319,7 @@ def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, 
             "freed": plgpu.Barrier(num_barriers=plan.slots),
             "started": plgpu.Barrier(),
         },
-        grid=(plan.ctas,),
-        grid_names=("cta",),
-        num_threads=3,
-        thread_name="role",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        **({"interpret": interpret} if interpret is not None else {}),
+        landing_slots=2 * plan.slots,
+        grid={"cta": plan.ctas},
+        interpret=interpret,
     )(q, iq, kv, ik, lse, iw, indices, tiles)

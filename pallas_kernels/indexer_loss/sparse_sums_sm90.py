@@ -11,36 +11,19 @@ SMEM at H = 128: 3 x 16,384 of ring, 2,304 of pairs and of their keys.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.gather import Landing
+from pallas_kernels.hopper import roles
 from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.sparse_attention import sum_rows_sm90
 from pallas_kernels.sparse_attention.backward_lists import BLOCK, PAIRS
-from pallas_kernels.sparse_attention.sum_rows_sm90 import LEFT, LOADER, RIGHT
 
 TILES = 3  # in the ring
-_REGISTERS = {LEFT: 216, RIGHT: 216, LOADER: 40}
-
-
-def _kernel(first, first_tile, tile_count, rows, pairs, keys, sums, *, plan, **shared):
-    words = shared.pop("landed", shared["picked"])
-    landing = Landing(words, 4 * 2 * plan.index_slots * PAIRS, plan.slots, plan.interpret)
-    s = sum_rows_sm90.Shared(**shared, landing=landing)
-    role = lax.axis_index("role")
-    for number in (LEFT, RIGHT, LOADER):
-
-        @pl.when(role == number)
-        def _(number=number):
-            action = "decrease" if number == LOADER else "increase"
-            plgpu.set_max_registers(_REGISTERS[number], action=action)
-            if number == LOADER:
-                sum_rows_sm90.load(plan, first_tile, tile_count, rows, pairs, keys, s)
-            else:
-                sum_rows_sm90.add(plan, number, first_tile, tile_count, first[0] == 0, sums, s)
+_REGISTERS = 216, 216, 40  # of LEFT, RIGHT, LOADER
 
 
 def sum_rows(first, rows, first_tile, tile_count, pairs, keys, sums, *, sms, interpret=None):
@@ -72,27 +55,31 @@ def sum_rows(first, rows, first_tile, tile_count, pairs, keys, sums, *, sms, int
         )
 
     plan = make_plan(None)
-    landed = {"landed": plgpu.Barrier(num_barriers=plan.slots)} if plan.interpret else {}
 
-    def indexer_loss_sum_rows(*refs, **scratch):  # its name is the kernel's
-        _kernel(*refs, plan=make_plan(lax.axis_index("cta")), **scratch)
+    def assign(first, first_tile, tile_count, rows, pairs, keys, sums, **shared):
+        plan, s = make_plan(lax.axis_index("cta")), sum_rows_sm90.Shared(**shared)
 
-    plgpu.kernel(
-        indexer_loss_sum_rows,
+        def add(side):
+            return sum_rows_sm90.add(plan, side, first_tile, tile_count, first[0] == 0, sums, s)
+
+        return (
+            functools.partial(add, sum_rows_sm90.LEFT),
+            functools.partial(add, sum_rows_sm90.RIGHT),
+            lambda: sum_rows_sm90.load(plan, first_tile, tile_count, rows, pairs, keys, s),
+        )
+
+    roles.kernel(
+        "indexer_loss_sum_rows",
+        assign,
+        _REGISTERS,
         scratch_types={
-            **landed,
             "ring": plgpu.SMEM((plan.slots, PAIRS, plan.part), rows.dtype, transforms=SWIZZLED),
             "picked": plgpu.SMEM((2 * plan.index_slots + 1, PAIRS), jnp.int32),
             "listed": plgpu.Barrier(num_arrivals=2, num_barriers=plan.index_slots),
             "freed": plgpu.Barrier(num_arrivals=2, num_barriers=plan.slots),
             "started": plgpu.Barrier(),
         },
-        grid=(ctas,),
-        grid_names=("cta",),
-        num_threads=3,
-        thread_name="role",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        **({"interpret": interpret} if interpret is not None else {}),
+        landing_slots=plan.slots,
+        grid={"cta": ctas},
+        interpret=interpret,
     )(first, first_tile, tile_count, rows, pairs, keys, sums)

@@ -3,7 +3,7 @@
 # pyright: reportPrivateImportUsage=false, reportReturnType=false
 """The gradient of the selected keys' indexer scores on Hopper, given that of the scores.
 
-    x[k, i]   = d[t, k] if iq[t, i] . ik[s] > 0 else 0                s = indices[t, k]
+    x[k, i]   = g[t] d[t, k] if iq[t, i] . ik[s] > 0 else 0                s = indices[t, k]
     u[i]      = sum_k x[k, i] ik[s]
     diq[t, i] = iw[t, i] u[i]             diw[t, i] = iq[t, i] . u[i]
     rows[t, k] = sum_i iw[t, i] x[k, i] iq[t, i]
@@ -159,7 +159,7 @@ def _load(plan: _Plan, first, ik, indices, d, tiles, s: _Shared):
         drain(s.freed[role], slot, filled, SLOTS)
 
 
-def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _Shared):
+def _multiply(plan: _Plan, role: int, first, iq, iw, g, tiles, rows, diq, diw, s: _Shared):
     """EVEN or ODD."""
     row, column = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
     mine = pl.ds(role * HEADS, HEADS)
@@ -168,7 +168,7 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _
     def zeros(width):
         return plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), plgpu.Layout.WGMMA)
 
-    def tile(query, weight, j, carry):
+    def tile(query, weight, factor, j, carry):
         u, slot, phases = carry
         at = role * SLOTS + slot
         keys = s.ring.at[at]
@@ -176,7 +176,8 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _
         dots = multiply((KEYS, HEADS), [wait, (keys, own.T)], plan.interpret)
         plgpu.barrier_wait(s.full.at[at])
         slope = plgpu.load(s.slopes.at[at], layout=row, optimized=False)
-        x = jnp.where(dots > 0, lax.broadcast_in_dim(slope, dots.shape, [0]), 0.0)
+        slope = lax.broadcast_in_dim(slope * factor, dots.shape, [0])
+        x = jnp.where(dots > 0, slope, 0.0)
         masked[...] = x.astype(jnp.bfloat16)
         weighed = (x * lax.broadcast_in_dim(weight, x.shape, [1])).astype(jnp.bfloat16)
         plgpu.commit_smem()
@@ -197,7 +198,7 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _
         plgpu.copy_gmem_to_smem(iq.at[first + query], own, s.query_full.at[role])
         weight = plgpu.load(iw.at[first + query], layout=column, optimized=False)
         plgpu.barrier_wait(s.query_full.at[role])
-        body = functools.partial(tile, query, weight)
+        body = functools.partial(tile, query, weight, g[first + query])
         u, *carry = lax.fori_loop(0, tiles[first + query], body, (zeros(plan.width), *carry))
         weight = plgpu.load(iw.at[first + query], layout=row, optimized=False)
         value = plgpu.load(own, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
@@ -215,7 +216,9 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _
     plgpu.wait_smem_to_gmem(0)
 
 
-def gradient(first, iq, ik, iw, d, indices, tiles, *, window, queries, rows, sms, interpret=None):
+def gradient(
+    first, iq, ik, iw, d, g, indices, tiles, *, window, queries, rows, sms, interpret=None
+):
     """`(rows bf16 [window, K, H], diq bf16 [window, 64, H], diw f32 [window, 64])` of a window.
 
     Rows are undefined in tiles without a key.
@@ -225,7 +228,8 @@ def gradient(first, iq, ik, iw, d, indices, tiles, *, window, queries, rows, sms
         iq: bf16 `[all queries, 64, H]`.
         ik: bf16 `[batch x S, H]`.
         iw: f32 `[all queries, 64]`.
-        d: f32 `[all queries, K]`, the gradient of the scores; 0 where no key is selected.
+        d: f32 `[all queries, K]`, the gradient of kl for the scores; 0 where no key is selected.
+        g: f32 `[all queries]`, the gradient of kl.
         indices: i32 `[all queries, K]`, K a multiple of 64.
         tiles: i32 `[all queries]`, how many tiles of 64 hold a key, at least 1.
         window: queries of the window; what lies past the last query is left as it is.
@@ -248,12 +252,12 @@ def gradient(first, iq, ik, iw, d, indices, tiles, *, window, queries, rows, sms
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
-    def assign(first, iq, ik, iw, d, indices, tiles, rows, diq, diw, **shared):
+    def assign(first, iq, ik, iw, d, g, indices, tiles, rows, diq, diw, **shared):
         s, start = _Shared(**shared), first[0]
         multiply = functools.partial(_multiply, plan)
         return (
-            lambda: multiply(EVEN, start, iq, iw, tiles, rows, diq, diw, s),
-            lambda: multiply(ODD, start, iq, iw, tiles, rows, diq, diw, s),
+            lambda: multiply(EVEN, start, iq, iw, g, tiles, rows, diq, diw, s),
+            lambda: multiply(ODD, start, iq, iw, g, tiles, rows, diq, diw, s),
             lambda: _load(plan, start, ik, indices, d, tiles, s),
         )
 
@@ -282,4 +286,4 @@ def gradient(first, iq, ik, iw, d, indices, tiles, *, window, queries, rows, sms
         landing_slots=2 * SLOTS,
         grid={"cta": plan.ctas},
         interpret=interpret,
-    )(first, iq, ik, iw, d, indices, tiles)
+    )(first, iq, ik, iw, d, g, indices, tiles)

@@ -3,23 +3,21 @@
 # pyright: reportPrivateImportUsage=false, reportReturnType=false
 """What attention and indexer say of each selected key, on Hopper: mass and score of a pair.
 
-    mass[t, g, k] = sum_n exp(scale q[t, n] . kv[s] - lse[t, n])      s = indices[t, k], n in g
-    score[t, k]   = sum_i iw[t, i] relu(iq[t, i] . ik[s])
+    mass[t, k]  = sum_n exp(scale q[t, n] . kv[s] - lse[t, n])        s = indices[t, k]
+    score[t, k] = sum_i iw[t, i] relu(iq[t, i] . ik[s])
 
-g are groups of 64 heads, one or two. A CTA works through queries for its whole life, so that a key
-is gathered once for all its heads. Three warpgroups:
+A CTA works through queries for its whole life. The gathered keys are the 64 rows of a product, all
+heads of the query its columns: so a key is gathered once, and the sum over heads stays within the
+registers of the four lanes that share a row. Three warpgroups:
 
-    FIRST, SECOND  hold q of 64 heads each in registers, the rows of their products; the columns
-                   are the 64 keys of a tile. With one group they hold the same and take every
-                   other tile. The indexer's scores of every other tile are computed by either.
-    LOADER         fills a ring with parts of up to 192 columns: of q, which only pass through on
-                   their way to registers, then tile by tile of kv, and of ik.
+    EVEN, ODD  every other tile of 64 keys
+    LOADER     fills a ring with parts of up to 128 columns: of kv, then of ik
 
-With q in registers, shared memory gives each key twice to the products and takes it once from the
-L2, 96 of the 128 bytes a clock that it has; and the ring can hold two tiles.
+The ring holds less than a tile, so that the parts of one warpgroup's tile arrive while the other
+exponentiates. The queries are replaced part by part as the last tile has used them.
 
-SMEM at 576 columns: 8 x 24,576 of ring, 16,384 of iq, 2,048 of indices, 6,144 of sums on their way
-out. Registers of a thread: FIRST and SECOND 232 (144 of q, 32 of products), LOADER 40.
+SMEM at 576 columns and 128 heads: 147,456 of q, 16,384 of iq, 4 x 16,384 of ring, 1,280 of indices.
+Registers of a thread: EVEN and ODD 224 (96 of products, 48 of lse and iw), LOADER 56.
 """
 
 from __future__ import annotations
@@ -34,26 +32,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import roles, row_sum
-from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
-from pallas_kernels.hopper.tiles import CHUNK, LOG2E, SWIZZLED
-from pallas_kernels.hopper.wgmma import add_products, finish, multiply
+from pallas_kernels.hopper import roles
+from pallas_kernels.hopper.gather import Landing, gather_rows
+from pallas_kernels.hopper.tiles import LOG2E, SWIZZLED
+from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import drain, next_slot, strided_loop
 
-HEADS = 64  # of a group: one wgmma's rows
+INDEX_HEADS = 64  # I
 KEYS = 64  # of a tile
-SLOTS = 8  # of the ring
-INDEX_SLOTS = 7  # more than tiles that the ring may hold, by two
-FIRST, SECOND = 0, 1
-_REGISTERS = 232, 232, 40  # of FIRST, SECOND, LOADER
+PART = 128  # columns, at most
+SLOTS = 4  # of the ring, at most
+INDEX_SLOTS = 4
+EVEN, ODD = 0, 1
+_REGISTERS = 224, 224, 56  # of EVEN, ODD, LOADER
 
 
 class _Part(NamedTuple):
-    """Some columns of kv and q."""
+    """Some columns of kv and q, or of ik and iq."""
 
+    of_index: bool
     start: int
     width: int
-    skew: int  # where they start in a copy of q, which is as wide as a slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ class _Plan:
     queries: int  # T, of one batch row
     rows: int  # S, of one batch row
     total: int  # queries of all batch rows
-    groups: int  # of 64 heads
+    heads: int  # 64 or 128
     width: int  # C + R
     index_width: int  # H
     scale: float
@@ -71,102 +70,66 @@ class _Plan:
     interpret: bool
 
     @property
-    def slot(self) -> int:
-        """Columns of a slot."""
-        wide = 3 * CHUNK
-        return wide if self.width % wide == 0 else max(min(2 * CHUNK, self.width), self.index_width)
+    def parts(self) -> list[_Part]:
+        """Of a tile."""
+        return [
+            _Part(of_index, start, min(PART, width - start))
+            for of_index, width in ((False, self.width), (True, self.index_width))
+            for start in range(0, width, PART)
+        ]
 
     @property
-    def parts(self) -> list[_Part]:
-        """Of a tile of kv."""
-        found = []
-        for start in range(0, self.width, self.slot):
-            skew = start - min(start, self.width - self.slot)
-            found.append(_Part(start, min(self.slot, self.width - start), skew))
-        return found
+    def slots(self) -> int:
+        """Of the ring. No more than a tile: its loads then tell that indices before are read."""
+        return min(SLOTS, len(self.parts))
 
-    def for_each_query(self, body, carry):
-        """`carry = body(query, carry)` over this CTA's queries."""
+    def for_each_query(self, tiles, body, carry):
+        """`carry = body(query, its tiles, the tiles before, carry)` over this CTA's queries."""
+
+        def step(query, state):
+            before, carry = state
+            count = tiles[query]
+            return before + count, body(query, count, before, carry)
+
+        start = jnp.int32(0), carry
         mine = lax.axis_index("cta")
-        return strided_loop(self.total, body, carry, mine=mine, ctas=self.ctas)
+        return strided_loop(self.total, step, start, mine=mine, ctas=self.ctas)[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shared:
     """SMEM and barriers."""
 
-    ring: Any  # bf16 [SLOTS, 64, slot]
-    index_query: Any  # bf16 [64, H]
-    partial: Any  # f32 [2 x 3, 4, 64]: sums of a warp's rows
+    query: list[Any]  # bf16 [1, N, width] of each part, or [1, 64, width] of iq
+    ring: Any  # bf16 [slots, 64, PART]
     picked: Any  # i32 [INDEX_SLOTS + 1, 64]; the last row holds Landing's words
     picked_full: Any
-    query_full: Any  # the slot holds a part of q
-    index_query_full: Any
-    index_query_read: Any
-    freed: Any  # FIRST and SECOND are done with the slot
+    query_full: Any  # a part of q or iq is there
+    query_read: Any  # and no longer needed, by EVEN and by ODD
+    freed: Any  # a slot of the ring
     started: Any
-    landing: Landing
-
-
-class _Place(NamedTuple):
-    """Where a warpgroup is: slot of the ring, and phases of the landing."""
-
-    slot: Any
-    phases: Any
-
-    def next(self, landed: bool) -> _Place:
-        """After a slot that held rows that landed, or q."""
-        phases = Landing.next(self.slot, self.phases) if landed else self.phases
-        return _Place(next_slot(self.slot, SLOTS), phases)
+    landing: Landing  # of a slot's part for EVEN, then for ODD: who waits must never miss one
 
 
 def _load(plan: _Plan, q, iq, kv, ik, indices, tiles, s: _Shared):
     """LOADER."""
 
-    def acquire(slot, filled):
-        @pl.when(filled >= SLOTS)
-        def _():
-            plgpu.barrier_wait(s.freed.at[slot])
-
-        return next_slot(slot, SLOTS), filled + 1
-
     def fetch_indices(query, tile, index_slot):
         source = indices.at[query, pl.ds(tile * KEYS, KEYS)]
         plgpu.copy_gmem_to_smem(source, s.picked.at[index_slot], s.picked_full.at[index_slot])
 
-    def fetch_index_query(query, filled):
-        @pl.when(filled > plan.groups * len(plan.parts) + len(plan.parts))
+    def load_query(query, number, part, later):
+        @pl.when(later)
         def _():
-            plgpu.barrier_wait(s.index_query_read)
+            plgpu.barrier_wait(s.query_read.at[number])
 
-        plgpu.copy_gmem_to_smem(iq.at[query], s.index_query, s.index_query_full)
+        table = iq if part.of_index else q
+        source = table.at[query, :, pl.ds(part.start, part.width)]
+        plgpu.copy_gmem_to_smem(source, s.query[number].at[0], s.query_full.at[number])
 
-    def work_item(query, carry):
-        slot, filled, index_slot = carry
-        count = tiles[query]
+    def work_item(query, count, before, carry):
         first_row = lax.div(query, jnp.int32(plan.queries)) * plan.rows
-        fetch_indices(query, 0, index_slot)
-        for part in plan.parts:
-            for group in range(plan.groups):
-                columns = pl.ds(part.start - part.skew, plan.slot)
-                source = q.at[query, pl.ds(group * HEADS, HEADS), columns]
-                after = acquire(slot, filled)
-                plgpu.copy_gmem_to_smem(source, s.ring.at[slot], s.query_full.at[slot])
-                slot, filled = after
-
-        def gather(table, index_slot, slot, start, width):
-            gather_rows(
-                table,
-                s.picked.at[index_slot],
-                s.ring.at[slot],
-                s.landing,
-                slot,
-                first_row=first_row,
-                rows=plan.rows,
-                first_column=start,
-                columns=(0, width),
-                arrive=True,
-            )
+        fetch_indices(query, 0, carry[2])
 
         def tile(j, carry):
             slot, filled, index_slot = carry
@@ -177,164 +140,133 @@ def _load(plan: _Plan, q, iq, kv, ik, indices, tiles, s: _Shared):
                 fetch_indices(query, j + 1, following)
 
             plgpu.barrier_wait(s.picked_full.at[index_slot])
-            for part in plan.parts:
-                after = acquire(slot, filled)
-                gather(kv, index_slot, slot, part.start, part.width)
-                slot, filled = after
+            whose = lax.rem(before + j, jnp.int32(2))
+            for number, part in enumerate(plan.parts):
 
-            @pl.when(j == 0)
-            def _():
-                fetch_index_query(query, filled)
+                @pl.when(j == 0)
+                def _(number=number, part=part):
+                    load_query(query, number, part, before > 0)
 
-            after = acquire(slot, filled)
-            gather(ik, index_slot, slot, 0, plan.index_width)
-            return *after, following
+                @pl.when(filled >= plan.slots)
+                def _(slot=slot):
+                    plgpu.barrier_wait(s.freed.at[slot])
 
-        return lax.fori_loop(0, count, tile, (slot, filled, index_slot))
+                gather_rows(
+                    ik if part.of_index else kv,
+                    s.picked.at[index_slot],
+                    s.ring.at[slot],
+                    s.landing,
+                    slot + plan.slots * whose,
+                    first_row=first_row,
+                    rows=plan.rows,
+                    first_column=part.start,
+                    columns=(0, part.width),
+                    arrive=True,
+                )
+                slot, filled = next_slot(slot, plan.slots), filled + 1
+            return slot, filled, following
+
+        return lax.fori_loop(0, count, tile, carry)
 
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
-    slot, filled, _ = plan.for_each_query(work_item, (zero, zero, zero))
-    drain(s.freed, slot, filled, SLOTS)
+    slot, filled, _ = plan.for_each_query(tiles, work_item, (zero, zero, zero))
+    drain(s.freed, slot, filled, plan.slots)
 
     @pl.when(filled > 0)
     def _():
-        plgpu.barrier_wait(s.index_query_read)
+        for number in range(len(plan.parts)):
+            plgpu.barrier_wait(s.query_read.at[number])
 
 
-def _read_query(plan: _Plan, group: int, place: _Place, s: _Shared):
-    """`(q of a group in chunks of 64 columns, the place after)`."""
-    chunks = []
-    for part in plan.parts:
-        for number in range(plan.groups):
-            plgpu.barrier_wait(s.query_full.at[place.slot])
-            for column in range(0, part.width if number == group else 0, CHUNK):
-                chunk = s.ring.at[place.slot, :, pl.ds(part.skew + column, CHUNK)]
-                chunks.append(plgpu.load(chunk, layout=plgpu.Layout.WGMMA))
-                # One at a time: LDSM's registers are not wgmma's, and there are none to spare.
-                warpgroup_barrier(plan.interpret)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(s.freed.at[place.slot])
-            place = place.next(landed=False)
-    return chunks, place
+def _products(plan: _Plan, number, first, last, phases, s: _Shared):
+    """`(kv . q [keys, N], ik . iq [keys, 64], phases)` of a tile.
 
+    Args:
+        plan: what is static.
+        number: which tile, of all of this CTA.
+        first, last: whether this warpgroup has none of the query before, or after.
+        phases: of the landing.
+        s: what is shared.
+    """
+    role, parts = lax.rem(number, jnp.int32(2)), plan.parts
+    slots = [lax.rem(number * len(parts) + i, jnp.int32(plan.slots)) for i in range(len(parts))]
+    steps = []
+    # Known to be 0 to nobody: else the addresses of all parts are kept in registers, and spill.
+    nought = jnp.minimum(number, 0)
 
-def _product(plan: _Plan, query, places, s: _Shared):
-    """`q kv^T` of a tile whose parts lie at the places; each is freed when read."""
-    result = plgpu.layout_cast(jnp.zeros((HEADS, KEYS), jnp.float32), plgpu.Layout.WGMMA)
-    done, unfreed = 0, None
-    for part, place in zip(plan.parts, places, strict=True):
-        s.landing.wait(*place)
-        chunks = range(part.width // CHUNK)
-        result = add_products(
-            result,
-            query[done : done + len(chunks)],
-            s.ring.at[place.slot],
-            chunks,
-            first=done == 0,
-            interpret=plan.interpret,
-        )
-        done += len(chunks)
-        if unfreed is not None:
-            if plan.interpret:
-                plgpu.commit_smem()  # wgmma reads through the async proxy, the twin did before this
-            else:
-                plgpu.wgmma_wait(1)
-            plgpu.barrier_arrive(s.freed.at[unfreed])
-        unfreed = place.slot
-    result = finish(result, plan.interpret)
-    plgpu.barrier_arrive(s.freed.at[unfreed])
-    return result
+    def wait(i, phases):
+        @pl.when(first)
+        def _():
+            plgpu.barrier_wait(s.query_full.at[i])
 
+        s.landing.wait(slots[i] + plan.slots * role, phases)
 
-def _skip(places, s: _Shared):
-    """Lets parts pass that are not for this warpgroup."""
-    for place in places:
-        s.landing.wait(*place)
-        plgpu.barrier_arrive(s.freed.at[place.slot])
+    def free(i):
+        plgpu.barrier_arrive(s.freed.at[slots[i]])
+        plgpu.barrier_arrive(s.query_read.at[i], predicate=last)
+
+    for i, part in enumerate(parts):
+        steps.append(functools.partial(wait, i, phases))
+        keys = s.ring.at[slots[i], :, pl.ds(0, part.width)]
+        steps.append(Product(1 if part.of_index else 0, keys, s.query[i].at[nought].T))
+        if i:
+            steps += [Until(1), functools.partial(free, i - 1)]
+        phases = Landing.next(slots[i] + plan.slots * role, phases)
+    zeros = [
+        plgpu.layout_cast(jnp.zeros((KEYS, columns), jnp.float32), plgpu.Layout.WGMMA)
+        for columns in (plan.heads, INDEX_HEADS)
+    ]
+    found, index_found = multiply_add(zeros, steps, plan.interpret)
+    free(len(parts) - 1)
+    return found, index_found, phases
 
 
 def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, s: _Shared):
-    """FIRST or SECOND. `lse` is in base 2."""
-    group = role if plan.groups == 2 else 0
+    """EVEN or ODD. `lse` is in base 2."""
+    column = plgpu.Layout.WGMMA.reduce(0)
 
-    def of_heads(ref):
-        return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    def over_heads(x):
+        return lax.broadcast_in_dim(x, (KEYS, x.shape[0]), (1,))
 
-    def over_keys(x):
-        return lax.broadcast_in_dim(x, (HEADS, KEYS), (0,))
-
-    def weigh(query, chunks, lse, some, places, number):
-        dots = _product(plan, chunks, places, s)
-        weights = jnp.exp2(dots * (plan.scale * LOG2E) - over_keys(lse))
-        scratch = s.partial.at[3 * role + number]
-        row_sum.store_row_sum(weights, mass.at[query, group, some], scratch, plan.interpret)
-
-    def score(query, weight, some, place):
-        keys = s.ring.at[place.slot, :, pl.ds(0, plan.index_width)]
-        wait = functools.partial(s.landing.wait, *place)
-        dots = multiply((HEADS, KEYS), [wait, (s.index_query, keys.T)], plan.interpret)
-        plgpu.barrier_arrive(s.freed.at[place.slot])
-        found = jnp.maximum(dots, 0.0) * over_keys(weight)
-        scratch = s.partial.at[3 * role + 2]
-        row_sum.store_row_sum(found, scores.at[query, some], scratch, plan.interpret)
-
-    def tile(query, chunks, lse, weight, j, carry):
-        place, places = _Place(*carry), []
-        for _ in range(len(plan.parts) + 1):
-            places.append(place)
-            place = place.next(landed=True)
+    def tile(query, before, shift, mine, bound, weight, i, phases):
+        j = shift + 2 * i
+        dots, index_dots, phases = _products(plan, before + j, i == 0, i == mine - 1, phases, s)
         some = pl.ds(j * KEYS, KEYS)
-        parity = lax.rem(j, jnp.int32(2))
-        own = parity == role
-        if plan.groups == 2:
-            weigh(query, chunks, lse, some, places[:-1], parity)
-        else:
+        found = jnp.exp2(dots * (plan.scale * LOG2E) - over_heads(bound)).sum(axis=1)
+        mass.at[query, some][...] = found
+        found = (jnp.maximum(index_dots, 0.0) * over_heads(weight)).sum(axis=1)
+        scores.at[query, some][...] = found
+        return phases
 
-            @pl.when(own)
-            def _():
-                weigh(query, chunks, lse, some, places[:-1], 0)
+    def work_item(query, count, before, phases):
+        shift = lax.rem(before + role, jnp.int32(2))
+        mine = lax.div(count - shift + 1, jnp.int32(2))
 
-            @pl.when(jnp.logical_not(own))
-            def _():
-                _skip(places[:-1], s)
-
-        @pl.when(j == 0)
+        @pl.when(mine == 0)
         def _():
-            plgpu.barrier_wait(s.index_query_full)
+            for i in range(len(plan.parts)):
+                plgpu.barrier_wait(s.query_full.at[i])
+                plgpu.barrier_arrive(s.query_read.at[i])
 
-        @pl.when(own)
-        def _():
-            score(query, weight, some, places[-1])
+        bound, weight = (plgpu.load(x.at[query], layout=column, optimized=False) for x in (lse, iw))
+        body = functools.partial(tile, query, before, shift, mine, bound, weight)
+        return lax.fori_loop(0, mine, body, phases)
 
-        @pl.when(jnp.logical_not(own))
-        def _():
-            _skip(places[-1:], s)
-
-        return tuple(place)
-
-    def work_item(query, carry):
-        chunks, place = _read_query(plan, group, _Place(*carry), s)
-        bound = of_heads(lse.at[query, pl.ds(group * HEADS, HEADS)])
-        body = functools.partial(tile, query, chunks, bound, of_heads(iw.at[query]))
-        carry = lax.fori_loop(0, tiles[query], body, tuple(place))
-        plgpu.barrier_arrive(s.index_query_read)
-        return carry
-
-    if role == FIRST:
+    if role == EVEN:
         s.landing.initialize()
         plgpu.barrier_arrive(s.started)
     plgpu.barrier_wait(s.started)
-    plan.for_each_query(work_item, (jnp.int32(0), jnp.int32(0)))
+    plan.for_each_query(tiles, work_item, jnp.int32(0))
 
 
 def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, interpret=None):
-    """`(mass [all queries, N / 64, K], score [all queries, K])`, f32; undefined where no key is.
+    """`(mass, score)`, f32 `[all queries, K]`; undefined where no key is selected.
 
     Args:
         q: bf16 `[all queries, N, C + R]`, N 64 or 128.
         iq: bf16 `[all queries, 64, H]`.
-        kv: bf16 `[batch x S, C + R]`, C + R at least H.
+        kv: bf16 `[batch x S, C + R]`.
         ik: bf16 `[batch x S, H]`.
         lse: f32 `[all queries, N]`, in base 2; inf for a head that does not count.
         iw: f32 `[all queries, 64]`.
@@ -351,7 +283,7 @@ def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, 
         queries=queries,
         rows=rows,
         total=total,
-        groups=heads // HEADS,
+        heads=heads,
         width=width,
         index_width=iq.shape[-1],
         scale=scale,
@@ -359,39 +291,35 @@ def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, 
         interpret=interpret is not None,
     )
 
+    def tile(*shape):
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
+
     def assign(q, iq, kv, ik, lse, iw, indices, tiles, mass, scores, **shared):
         s = _Shared(**shared)
         return (
-            lambda: _weigh(plan, FIRST, lse, iw, tiles, mass, scores, s),
-            lambda: _weigh(plan, SECOND, lse, iw, tiles, mass, scores, s),
+            lambda: _weigh(plan, EVEN, lse, iw, tiles, mass, scores, s),
+            lambda: _weigh(plan, ODD, lse, iw, tiles, mass, scores, s),
             lambda: _load(plan, q, iq, kv, ik, indices, tiles, s),
         )
 
-    def barriers(count: int, arrivals: int = 1):
-        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
-
-    selected = indices.shape[1]
     return roles.kernel(
         "indexer_loss_pairs",
         assign,
         _REGISTERS,
-        out_type=[
-            jax.ShapeDtypeStruct((total, plan.groups, selected), jnp.float32),
-            jax.ShapeDtypeStruct((total, selected), jnp.float32),
-        ],
+        out_type=[jax.ShapeDtypeStruct(indices.shape, jnp.float32)] * 2,
         scratch_types={
-            "ring": plgpu.SMEM((SLOTS, KEYS, plan.slot), jnp.bfloat16, transforms=SWIZZLED),
-            "index_query": plgpu.SMEM(iq.shape[1:], jnp.bfloat16, transforms=SWIZZLED),
-            "partial": plgpu.SMEM((2 * 3, row_sum.WARPS, KEYS), jnp.float32),
+            "query": [
+                tile(1, INDEX_HEADS if part.of_index else heads, part.width) for part in plan.parts
+            ],
+            "ring": tile(plan.slots, KEYS, PART),
             "picked": plgpu.SMEM((INDEX_SLOTS + 1, KEYS), jnp.int32),
-            "picked_full": barriers(INDEX_SLOTS),
-            "query_full": barriers(SLOTS),
-            "index_query_full": barriers(1),
-            "index_query_read": barriers(1, 2),
-            "freed": barriers(SLOTS, 2),
-            "started": barriers(1),
+            "picked_full": plgpu.Barrier(num_barriers=INDEX_SLOTS),
+            "query_full": plgpu.Barrier(num_barriers=len(plan.parts)),
+            "query_read": plgpu.Barrier(num_arrivals=2, num_barriers=len(plan.parts)),
+            "freed": plgpu.Barrier(num_barriers=plan.slots),
+            "started": plgpu.Barrier(),
         },
-        landing_slots=SLOTS,
+        landing_slots=2 * plan.slots,
         grid={"cta": plan.ctas},
         interpret=interpret,
     )(q, iq, kv, ik, lse, iw, indices, tiles)

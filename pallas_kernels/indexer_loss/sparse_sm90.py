@@ -22,10 +22,11 @@ from jax.custom_batching import sequential_vmap
 from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.indexer_loss import (
     sparse_gradient_sm90,
+    sparse_lists_sm90,
     sparse_pairs_sm90,
     sparse_sums_sm90,
 )
-from pallas_kernels.sparse_attention.backward_lists import BLOCK, pairs_by_block
+from pallas_kernels.sparse_attention.backward_lists import BLOCK
 from pallas_kernels.tiling import vary_like
 
 KEYS = 64  # of a tile
@@ -46,8 +47,8 @@ def unsupported(iq, ik, q, kv) -> str | None:
     if index_width != 128:
         return f"iq has heads of width H = {index_width}, the kernel takes 128"
     width = q.shape[-1]
-    if width % 64 or not 128 <= width <= 576:
-        return f"q has C+R = {width} columns, the kernel takes multiples of 64 from 128 to 576"
+    if width % 64 or width > 576:
+        return f"q has C+R = {width} columns, the kernel takes multiples of 64 up to 576"
     return None
 
 
@@ -117,20 +118,16 @@ def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret
 
 
 def _divergence(mass, scores, exists):
-    """`(kl, d)`, as in `reference`, in few passes over what is as large as the selection."""
-    mass = jnp.where(exists, mass, 0.0)
-    total = mass.sum(axis=-1, keepdims=True)
+    """`(kl, d)` as in `reference`, with three passes over what is as large as the selection."""
+    total = jnp.where(exists, mass, 0.0).sum(axis=-1, keepdims=True)
     top = jnp.where(exists, scores, -jnp.inf).max(axis=-1, keepdims=True)
-    top = jnp.where(top == -jnp.inf, 0.0, top)
-    log_mass = jnp.log(jnp.where(mass > 0, mass, 1.0))
-    apart = jnp.where(mass > 0, mass * (log_mass - scores), 0.0).sum(axis=-1, keepdims=True)
     weights = jnp.where(exists, jnp.exp(scores - top), 0.0).sum(axis=-1, keepdims=True)
-    held = total > 0  # else no head has put any mass, and kl is 0 whatever the scores
-    total = jnp.where(held, total, 1.0)
-    lse = top + jnp.log(jnp.where(weights > 0, weights, 1.0))
-    kl = jnp.where(held, apart / total - jnp.log(total) + lse, 0.0)
-    d = jnp.where(exists & held, jnp.exp(scores - lse) - mass / total, 0.0)
-    return kl[..., 0], d
+    exists &= total > 0  # where no head has put any mass, kl is 0 whatever the scores
+    p = jnp.where(exists, mass / total, 0.0)
+    log_q = scores - (top + jnp.log(weights))
+    log_p = jnp.log(jnp.where(p > 0, p, 1.0))
+    kl = jnp.where(p > 0, p * (log_p - log_q), 0.0).sum(axis=-1)
+    return kl, jnp.where(exists, jnp.exp(log_q), 0.0) - p
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
@@ -152,7 +149,6 @@ def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret
         return jnp.zeros_like(iq), jnp.zeros_like(ik), jnp.zeros_like(iw)
     total = batch * queries
     d, indices = d.reshape(total, -1), indices.reshape(total, -1)
-    exists = _exists(count.reshape(total), indices)
     arrays = iq.reshape(total, heads, width), ik.reshape(-1, width), iw.reshape(total, heads)
     arrays = *arrays, d, g.reshape(total), indices, _tiles(count.reshape(total))
     blocks = -(-batch * rows // BLOCK)
@@ -168,11 +164,16 @@ def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret
             start, *arrays,
             window=window, queries=queries, rows=rows, sms=sms, interpret=interpret,
         )  # fmt: skip
-        number = first + jnp.arange(window)
-        mine = jnp.where(exists, indices, blocks * BLOCK)
-        mine = jnp.take(mine, number, axis=0, mode="fill", fill_value=blocks * BLOCK)
-        key = mine + (number // queries * rows)[:, None]  # in all rows of the batch
-        lists = pairs_by_block(key, blocks=blocks)
+        lists = _lists(
+            start,
+            count.reshape(total),
+            indices,
+            interpret,
+            window=window,
+            queries=queries,
+            rows=rows,
+            blocks=blocks,
+        )
         added = added.reshape(-1, width)
         sparse_sums_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
         return diq, diw
@@ -189,6 +190,13 @@ def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret
         for x, like in zip(results, (iq, iw), strict=True)
     )
     return diq, dik[: batch * rows].reshape(ik.shape).astype(ik.dtype), diw
+
+
+def _lists(first, count, indices, interpret, **sizes):
+    """The pairs of a window by blocks of keys."""
+    if interpret is None:
+        return sparse_lists_sm90.pairs_by_block(first, count, indices, **sizes)
+    return sparse_lists_sm90.twin(first, count, indices, **sizes)
 
 
 def _in_order(indices, rows: int):

@@ -9,7 +9,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Selection, UnsupportedError, indexer_kl_sparse
-from pallas_kernels.indexer_loss import reference, sparse_sm90
+from pallas_kernels.indexer_loss import reference, sparse_lists_sm90, sparse_sm90
 from pallas_kernels.sparse_attention import reference as sparse_attention
 
 SCALE = 0.1
@@ -74,6 +74,35 @@ def test_value_and_gradient():
         gradient, expected = np.asarray(gradient, np.float64), np.asarray(expected, np.float64)
         # d, the masked products, the rows and the results are rounded to bf16 (2**-9 of each).
         assert np.linalg.norm(gradient - expected) / np.linalg.norm(expected) < 6e-3
+
+
+@pytest.mark.parametrize(("heads", "width"), [(16, 320), (128, 192)])
+def test_target(heads, width):
+    """One group of heads, and two; keys in several parts, of which one is narrow, or overlaps."""
+    inputs = iq, ik, iw, q, kv, _, indices = arguments(1, 2, 300, heads, 260, width=width)
+    kl, *_ = sparse_sm90.compare(*inputs, scale=SCALE, sms=1, interpret=interpret())
+    assert no_races()
+    exact = oracle.indexer_kl_sparse(iq, ik, iw, q, kv, indices, scale=SCALE)
+    np.testing.assert_allclose(kl, exact, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_lists(first):
+    """The kernels' programs lane by lane against what they stand for; past the last query, too."""
+    rng = np.random.default_rng(0)
+    batch, queries, keys, selected = 2, 3, 300, 128
+    counts = np.array([selected, 0, 77, 1, 64, 100], np.int32)
+    indices = np.full((batch * queries, selected), keys, np.int32)
+    for row, count in enumerate(counts):
+        indices[row, :count] = np.sort(rng.choice(keys, count, replace=False))
+    sizes = dict(window=4, queries=queries, rows=keys, blocks=-(-batch * keys // 64))
+    given = np.array([first], np.int32), counts, indices
+    found = sparse_lists_sm90.pairs_by_block(*given, **sizes, simulate=True)
+    want = sparse_lists_sm90.twin(*map(jnp.asarray, given), **sizes)
+    end = 64 * int(want[1].sum())
+    assert end > 2 * 64
+    for one, other in zip(found, want, strict=True):
+        np.testing.assert_array_equal(one[:end], other[:end])
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 # pyright: reportPrivateImportUsage=false
 """Lists the pairs of a window's queries and selected keys by blocks of 64 keys, on Hopper.
 
-What `backward_lists.pairs_by_block` does, in two kernels and sums of what is as large as queries
-times blocks. A CTA takes a query:
+A list's entry is 64 p + s: p is the pair's number in the window, `query K + slot`; s says which key
+of the block it is of. Queries rise within a list; lists begin at multiples of 64 entries and are
+filled up with -1. Two kernels, of a CTA a query:
 
     find_starts    the first slot of each block, by bisection
     in XLA         where each query's part of a block's list begins
-    place_pairs    each pair to where it belongs, and -1 to where a list is filled up
+    place_pairs    each pair to where it belongs
 
 The lanes are those of `hopper.simt`; a row of indices is read again and again out of the L1.
 """
@@ -16,7 +17,8 @@ The lanes are those of `hopper.simt`; a row of indices is read again and again o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,10 +29,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.simt import U32, SimtBlock
 from pallas_kernels.hopper.simt_model import ModelBlock
-from pallas_kernels.sparse_attention import backward_lists
-from pallas_kernels.sparse_attention.backward_lists import BLOCK, PAIRS, sums_before
 
+KEY_BITS = 6
+BLOCK = 1 << KEY_BITS  # keys
+PAIRS = 64  # of a tile: lists begin at multiples
 THREADS = 128
+_GROUP = 32  # queries whose counts are summed up together first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +83,8 @@ def find_starts(block, plan: _Plan, task, first, counts, indices, starts) -> Non
     block.loop(0, plan.blocks + 1, block.threads, (), bound)
 
 
-def place_pairs(block, plan: _Plan, task, first, counts, indices, places, ends, pairs, keys):
-    """Writes the query's pairs, and with them which keys of their blocks they are of.
+def place_pairs(block, plan: _Plan, task, first, counts, indices, places, ends, listed) -> None:
+    """Writes the query's entries.
 
     Args:
         block: the lanes.
@@ -89,12 +93,12 @@ def place_pairs(block, plan: _Plan, task, first, counts, indices, places, ends, 
         first, counts, indices: as of `pairs_by_block`.
         places: `[window, blocks]`, where the query's slot 0 would be in each list.
         ends: `[blocks]`, where the last list's end is, before it is filled up.
-        pairs, keys: the lists.
+        listed: the lists.
     """
     number, count, offset = plan.query(block, task, first, counts)
     row = block.global_row(indices, number, plan.selected)
     place = block.global_row(places, task, plan.blocks)
-    lists = [block.global_row(x, block.constant(0), 1) for x in (pairs, keys)]
+    out = block.global_row(listed, block.constant(0), 1)
 
     def some(i, carry):
         slot = i + block.thread
@@ -102,8 +106,8 @@ def place_pairs(block, plan: _Plan, task, first, counts, indices, places, ends, 
         key = block.load_global(row, block.minimum(slot, plan.selected - 1)) + offset
         of = block.select(exists, key // BLOCK, 0)
         position = block.load_global(place, of) + slot
-        for array, value in zip(lists, (task * plan.selected + slot, key % BLOCK), strict=True):
-            block.store_global(array, position, value, exists)
+        entry = (task * plan.selected + slot) * BLOCK + key % BLOCK
+        block.store_global(out, position, entry, exists)
         return carry
 
     block.loop(0, plan.selected, block.threads, (), some)
@@ -112,19 +116,18 @@ def place_pairs(block, plan: _Plan, task, first, counts, indices, places, ends, 
         b = task + turn * plan.window
         end = _word(block, ends, block.minimum(b, plan.blocks - 1))
         left = (block.constant(0) - end) % PAIRS
-        for array in lists:
-            where = (block.thread < left) & (b < plan.blocks)
-            block.store_global(array, end + block.thread, nothing, where)
+        where = (block.thread < left) & (b < plan.blocks)
+        block.store_global(out, end + block.thread, nothing, where)
 
 
 def pairs_by_block(first, counts, indices, *, window, queries, rows, blocks, simulate=False):
-    """The lists of a window, as of `backward_lists.pairs_by_block`.
+    """`(first tile, how many tiles)` of each block's list, in tiles of 64 entries; and the lists.
 
     Args:
         first: i32 `[1]`, the first query of the window.
         counts: i32 `[all queries]`, how many keys each has.
         indices: i32 `[all queries, K]`, of which the first `counts` are its keys, in rising order.
-        window: queries of the window; those past the last have no keys.
+        window: queries of the window, at most `max_window(K)`; those past the last have no keys.
         queries: T of a batch row.
         rows: S of a batch row.
         blocks: of 64 keys, of all batch rows.
@@ -134,19 +137,31 @@ def pairs_by_block(first, counts, indices, *, window, queries, rows, blocks, sim
     plan = _Plan(window, total, queries, rows, selected, blocks)
     run: Callable[..., Any] = _simulate if simulate else _launch
     given = first, counts, indices
-    [start] = run("indexer_loss_find_starts", find_starts, plan, [(window, blocks + 1)], *given)
-    before, sums = sums_before(start[:, 1:] - start[:, :-1])
-    tile_count = -(-sums // PAIRS)
-    first_tile = jnp.cumsum(tile_count) - tile_count
-    places = first_tile * PAIRS + before - start[:, :-1]
+    starts = run("indexer_loss_find_starts", find_starts, plan, (window, blocks + 1), *given)
+    first_tile, tile_count, places, ends = _places(starts)
     length = (window * selected // PAIRS + blocks) * PAIRS
-    ends = first_tile * PAIRS + sums
     name = "indexer_loss_place_pairs"
-    return (
-        first_tile,
-        tile_count,
-        *run(name, place_pairs, plan, [(length,)] * 2, *given, places, ends),
-    )
+    return first_tile, tile_count, run(name, place_pairs, plan, (length,), *given, places, ends)
+
+
+def max_window(selected: int) -> int:
+    """How many queries a window may have, of so many selected keys: an entry has 32 bits."""
+    return (1 << 31 - KEY_BITS) // max(selected, 1)
+
+
+def _places(starts):
+    """`(first_tile, tile_count, places, ends)`, given where in each query's slots blocks start."""
+    counts = starts[:, 1:] - starts[:, :-1]
+    queries, blocks = counts.shape
+    # Of each query the sum over those before it; in two steps, each short.
+    padded = jnp.pad(counts, ((0, -queries % _GROUP), (0, 0))).reshape(-1, _GROUP, blocks)
+    within = jnp.cumsum(padded, axis=1)
+    groups = jnp.cumsum(within[:, -1], axis=0)
+    before = within - padded + (groups - within[:, -1])[:, None]
+    tile_count = -(-groups[-1] // PAIRS)
+    first_tile = jnp.cumsum(tile_count) - tile_count
+    places = PAIRS * first_tile + before.reshape(-1, blocks)[:queries] - starts[:, :-1]
+    return first_tile, tile_count, places, PAIRS * first_tile + groups[-1]
 
 
 def twin(first, counts, indices, *, window, queries, rows, blocks):
@@ -154,15 +169,25 @@ def twin(first, counts, indices, *, window, queries, rows, blocks):
     number = first + jnp.arange(window)
     exists = (number < len(counts))[:, None]
     number = jnp.where(number < len(counts), number, 0)
-    exists &= jnp.arange(indices.shape[1]) < counts[number][:, None]
+    slot = jnp.arange(indices.shape[1], dtype=jnp.int32)
+    exists &= slot < counts[number][:, None]
     keys = indices[number] + (number // queries * rows)[:, None]
     keys = jnp.where(exists, keys, blocks * BLOCK)
-    return backward_lists.pairs_by_block(keys, blocks=blocks)
+    bounds = BLOCK * jnp.arange(blocks + 1, dtype=jnp.int32)
+    starts = jax.vmap(functools.partial(jnp.searchsorted, v=bounds))(keys).astype(jnp.int32)
+    first_tile, tile_count, places, _ = _places(starts)
+    length = (window * indices.shape[1] // PAIRS + blocks) * PAIRS
+    block = jnp.minimum(keys // BLOCK, blocks - 1)
+    position = jnp.where(exists, jnp.take_along_axis(places, block, axis=1) + slot, length)
+    pair = jnp.arange(keys.size, dtype=jnp.int32).reshape(keys.shape)
+    listed = jnp.full((length,), -1, jnp.int32)
+    listed = listed.at[position].set(pair * BLOCK + keys % BLOCK, mode="drop")
+    return first_tile, tile_count, listed
 
 
-def _launch(name: str, program: Callable, plan: _Plan, shapes: Sequence, *arrays: jax.Array):
-    """Runs a program on the GPU, a CTA a query; arrays of i32."""
-    references = [plgpu.RefType()] * (len(arrays) + len(shapes) + 1)
+def _launch(name: str, program: Callable, plan: _Plan, shape: tuple, *arrays: jax.Array):
+    """Runs a program on the GPU, a CTA a query; the result is i32."""
+    references = [plgpu.RefType()] * (len(arrays) + 2)
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=(*references, plgpu.Layout.WG_SPLAT))
@@ -174,7 +199,7 @@ def _launch(name: str, program: Callable, plan: _Plan, shapes: Sequence, *arrays
 
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes],
+        out_type=jax.ShapeDtypeStruct(shape, jnp.int32),
         scratch_types=[plgpu.SMEM((4,), jnp.int32)],
         grid=(plan.window,),
         grid_names=("task",),
@@ -188,12 +213,12 @@ def _launch(name: str, program: Callable, plan: _Plan, shapes: Sequence, *arrays
     )(*arrays)
 
 
-def _simulate(name: str, program: Callable, plan: _Plan, shapes: Sequence, *arrays):
-    """Runs a program on the CPU; the results are poisoned first."""
+def _simulate(name: str, program: Callable, plan: _Plan, shape: tuple, *arrays):
+    """Runs a program on the CPU; the result is poisoned first."""
     del name
-    results = [np.full(np.prod(shape), -9, np.int32) for shape in shapes]
+    result = np.full(np.prod(shape), -9, np.int32)
     flat = [np.ascontiguousarray(array).ravel() for array in arrays]
     for task in range(plan.window):
         block = ModelBlock(THREADS, 4)
-        program(block, plan, block.constant(task), *flat, *results)
-    return [x.reshape(shape) for x, shape in zip(results, shapes, strict=True)]
+        program(block, plan, block.constant(task), *flat, result)
+    return result.reshape(shape)

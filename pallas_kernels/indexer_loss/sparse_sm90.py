@@ -26,7 +26,7 @@ from pallas_kernels.indexer_loss import (
     sparse_pairs_sm90,
     sparse_sums_sm90,
 )
-from pallas_kernels.sparse_attention.backward_lists import BLOCK
+from pallas_kernels.indexer_loss.sparse_lists_sm90 import BLOCK
 from pallas_kernels.tiling import vary_like
 
 KEYS = 64  # of a tile
@@ -153,7 +153,7 @@ def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret
     arrays = *arrays, d, g.reshape(total), indices, _tiles(count.reshape(total))
     blocks = -(-batch * rows // BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
-    window = min(max(1, window), total)
+    window = min(max(1, window), total, sparse_lists_sm90.max_window(d.shape[1]))
     window = -(-total // -(-total // window))  # windows of one size
     # The kernel writes all of it: nothing has to be there before.
     sums = jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))

@@ -39,7 +39,7 @@ def pairs_by_block(keys, *, blocks: int):
     bounds = BLOCK * jnp.arange(blocks + 1, dtype=jnp.int32)
     start = jax.vmap(lambda row: jnp.searchsorted(row, bounds, method="scan_unrolled"))(keys)
     start = start.astype(jnp.int32)  # of each block, in the query's slots
-    before, total = sums_before(start[:, 1:] - start[:, :-1])
+    before, total = _sums_before(start[:, 1:] - start[:, :-1])
     tile_count = -(-total // PAIRS)
     first_tile = jnp.cumsum(tile_count) - tile_count
     place = first_tile * PAIRS + before - start[:, :-1]  # of the query's slot 0, were it there
@@ -55,7 +55,7 @@ def pairs_by_block(keys, *, blocks: int):
     return first_tile, tile_count, pairs, jnp.where(pairs >= 0, listed, -1)
 
 
-def sums_before(counts):
+def _sums_before(counts):
     """Of each row the sum of the rows before, and the sum of all; in two steps, each short."""
     queries, blocks = counts.shape
     padded = jnp.pad(counts, ((0, -queries % _GROUP), (0, 0))).reshape(-1, _GROUP, blocks)

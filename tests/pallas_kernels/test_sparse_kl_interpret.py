@@ -55,7 +55,7 @@ def arguments(batch, queries, keys, heads, selected, width=64, index_width=64, i
 
 def test_value_and_gradient():
     """Heads and selected keys that are no whole tiles, two windows, every slot filled again."""
-    inputs = iq, ik, iw, q, kv, lse, indices = arguments(2, 3, 400, 70, 140)
+    inputs = iq, ik, iw, q, kv, lse, indices = arguments(2, 3, 400, 70, 140, index_width=128)
     kl, *rest = sparse_sm90.compare(*inputs, scale=SCALE, sms=2, interpret=interpret())
     assert no_races()
     g = normal(np.random.default_rng(1), 2, 3, dtype=jnp.float32)
@@ -103,6 +103,8 @@ def test_lists(first):
     assert end > 2 * 64
     for one, other in zip(found, want, strict=True):
         np.testing.assert_array_equal(one[:end], other[:end])
+    entries = np.asarray(want[2])[:end]
+    assert (entries >= 0).sum() == counts[first : first + 4].sum()
 
 
 @pytest.mark.parametrize(

@@ -113,11 +113,11 @@ def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret
     # One after the other, not as a sum over an axis: it costs no pass of its own then.
     mass = functools.reduce(jnp.add, [mass[:, :, group] for group in range(mass.shape[2])])
     scores = scores.reshape(batch, queries, split, -1)[:, :, 0]
-    kl, d = _divergence(mass, scores, _exists(count, indices))
+    kl, d = divergence(mass, scores, _exists(count, indices))
     return kl, indices, count, d
 
 
-def _divergence(mass, scores, exists):
+def divergence(mass, scores, exists):
     """`(kl, d)` as in `reference`, with three passes over what is as large as the selection."""
     total = jnp.where(exists, mass, 0.0).sum(axis=-1, keepdims=True)
     top = jnp.where(exists, scores, -jnp.inf).max(axis=-1, keepdims=True)

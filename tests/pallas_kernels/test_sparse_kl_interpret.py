@@ -46,6 +46,7 @@ def arguments(batch, queries, keys, heads, selected, width=64, index_width=64, i
         some = first + rng.permutation(end - first)[: min(count, selected)]
         indices[b, t, : len(some)] = np.sort(some)
     indices[0, -1, 1], indices[-1, 1 % queries, 2] = keys, -7
+    indices[-1, 0, 3] = keys + 1  # with keys before and after
     indices = jnp.asarray(indices)
     _, lse = sparse_attention.forward(
         q, kv, indices, value_width=width, scale=SCALE, workspace_bytes=2**28
@@ -84,6 +85,24 @@ def test_target(heads, width):
     assert no_races()
     exact = oracle.indexer_kl_sparse(iq, ik, iw, q, kv, indices, scale=SCALE)
     np.testing.assert_allclose(kl, exact, rtol=3e-6, atol=3e-6)
+
+
+def test_divergence():
+    """Against the reference's; queries without keys, and one whose heads put no mass on any."""
+    rng = np.random.default_rng(0)
+    mass = jnp.asarray(rng.uniform(0, 2, (2, 4, 50)) ** 8, jnp.float32)
+    mass = mass.at[0, 1].set(0.0).at[1, 2, 3:9].set(0.0)
+    scores = jnp.asarray(5 * rng.standard_normal(mass.shape), jnp.float32)
+    exists = jnp.arange(50) < jnp.asarray([[50, 20, 0, 1], [7, 33, 50, 2]])[..., None]
+    mass, scores = (jnp.where(exists, x, jnp.nan) for x in (mass, scores))
+    kl, d = sparse_sm90.divergence(mass, scores, exists)
+    known, real = jnp.where(exists, mass, 0.0), jnp.where(exists, scores, 0.0)
+    p = reference.normalised(known)
+    np.testing.assert_allclose(kl, reference.divergence(p, real, exists), rtol=1e-5, atol=1e-6)
+    want = reference.scores_gradient(p, real, exists)
+    np.testing.assert_allclose(d, want, rtol=1e-5, atol=1e-6)
+    assert kl[0, 1] == kl[0, 2] == kl[0, 3] == 0
+    assert not d[0, 1:].any()
 
 
 @pytest.mark.parametrize("first", [0, 4])

@@ -55,9 +55,12 @@ def arguments(batch, queries, keys, heads, selected, width=64, index_width=64, i
 
 
 def test_value_and_gradient():
-    """Heads and selected keys that are no whole tiles, two windows, every slot filled again."""
+    """Heads and selected keys that are no whole tiles, two windows, every slot filled again.
+
+    Six queries on four CTAs: two are divided.
+    """
     inputs = iq, ik, iw, q, kv, lse, indices = arguments(2, 3, 400, 70, 140, index_width=128)
-    kl, *rest = sparse_sm90.compare(*inputs, scale=SCALE, sms=2, interpret=interpret())
+    kl, *rest = sparse_sm90.compare(*inputs, scale=SCALE, sms=4, interpret=interpret())
     assert no_races()
     g = normal(np.random.default_rng(1), 2, 3, dtype=jnp.float32)
     residuals = sparse_sm90.Residuals(iq, ik, iw, *rest)

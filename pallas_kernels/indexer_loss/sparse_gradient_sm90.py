@@ -16,9 +16,9 @@ selected key; the rows of a key are added up elsewhere. Three warpgroups:
 
 The products of one warpgroup run while the other masks, or writes out its rows.
 
-SMEM at H = 128: 2 x 3 x 16,384 of rings, and of each warpgroup 16,384 of iq, 8,192 of x and 16,384
-of rows on their way out. Registers of a thread: EVEN and ODD 232 (64 of u, 64 of rows, 32 of dot
-products), LOADER 40.
+SMEM at H = 128: 2 x 3 x 16,384 of rings, and of each warpgroup 16,384 of iq, 8,192 of x and 2 x
+16,384 of rows on their way out. Registers of a thread: EVEN and ODD 232 (64 of u, 64 of rows, 32 of
+dot products), LOADER 40.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class _Shared:
     ring: Any  # bf16 [2 x SLOTS, 64, H]
     slopes: Any  # f32 [2 x SLOTS, 64]: d of the ring's keys
     masked: Any  # bf16 [2 x 64, 64]: x
-    out_tile: Any  # bf16 [2 x 64, H]: rows on their way out
+    out_tile: Any  # bf16 [2 x 2, 64, H]: rows on their way out
     picked: Any  # i32 [2 x INDEX_SLOTS + 1, 64]; the last row holds Landing's words
     picked_full: Any
     query_full: Any
@@ -163,7 +163,7 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, g, tiles, rows, diq, diw, s
     """EVEN or ODD."""
     row, column = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
     mine = pl.ds(role * HEADS, HEADS)
-    own, masked, out_tile = s.query.at[mine], s.masked.at[mine], s.out_tile.at[mine]
+    own, masked = s.query.at[mine], s.masked.at[mine]
 
     def zeros(width):
         return plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), plgpu.Layout.WGMMA)
@@ -183,7 +183,8 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, g, tiles, rows, diq, diw, s
         plgpu.commit_smem()
         products = [Product(1, weighed, own), Product(0, masked.T, keys)]
         u, added = multiply_add([u, zeros(plan.width)], products, plan.interpret)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_tile = s.out_tile.at[2 * role + lax.rem(j, jnp.int32(2))]
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
         plgpu.barrier_arrive(s.freed[role].at[slot])
         out_tile[...] = added.astype(jnp.bfloat16)
@@ -275,7 +276,7 @@ def gradient(
             "ring": tile(2 * SLOTS, KEYS, width),
             "slopes": plgpu.SMEM((2 * SLOTS, KEYS), jnp.float32),
             "masked": tile(2 * KEYS, HEADS),
-            "out_tile": tile(2 * KEYS, width),
+            "out_tile": tile(2 * 2, KEYS, width),
             "picked": plgpu.SMEM((2 * INDEX_SLOTS + 1, KEYS), jnp.int32),
             "picked_full": plgpu.Barrier(num_barriers=2 * INDEX_SLOTS),
             "query_full": plgpu.Barrier(num_barriers=2),

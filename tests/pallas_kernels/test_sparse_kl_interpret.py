@@ -46,7 +46,7 @@ def arguments(batch, queries, keys, heads, selected, width=64, index_width=64, i
         some = first + rng.permutation(end - first)[: min(count, selected)]
         indices[b, t, : len(some)] = np.sort(some)
     indices[0, -1, 1], indices[-1, 1 % queries, 2] = keys, -7
-    indices[-1, 0, 3] = keys + 1  # with keys before and after
+    indices[-1, 0, selected // 8] = keys + 1  # with keys before and after
     indices = jnp.asarray(indices)
     _, lse = sparse_attention.forward(
         q, kv, indices, value_width=width, scale=SCALE, workspace_bytes=2**28

@@ -1,0 +1,351 @@
+"""One stage of training on one mesh of GPUs, as a process that `benchmarks.two_gpus` starts.
+
+    python -m benchmarks.mesh_case '{"model": "small", "stage": "sparse", "mesh": "fsdp 2"}'
+
+It compiles, prints `{"ready": ...}`, waits for a line on its standard input, runs, and prints
+`{"row": ...}`. So many cases compile side by side, which takes most of the time, and each has the
+GPUs to itself when it is timed. Nothing is loaded onto a GPU while a collective waits on it: a
+program's kernels are there before its first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Autotuning takes longer than all runs together.
+FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program, or with a mesh `resumed` two: what is saved on two GPUs goes on on one.
+
+    Attributes:
+        model: `small`, `large` or `tiny`.
+        stage: of training.
+        mesh: a key of `MESHES`.
+        options: of the compiler, by name.
+        label: of the options.
+        steps: to run, the first untimed.
+    """
+
+    model: str
+    stage: str
+    mesh: str
+    options: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+    steps: int = 4
+
+    @property
+    def name(self) -> str:
+        """`small sparse fsdp 2`."""
+        return " ".join(filter(None, (self.model, self.stage, self.mesh, self.label)))
+
+
+def environment_of(case: Case) -> dict[str, str]:
+    """What JAX reads when it starts."""
+    if case.model == "tiny":
+        flags = "--xla_force_host_platform_device_count=2"
+        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    flags = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))
+    # Other cases wait on the same GPUs: memory is taken as it is needed.
+    return {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+if __name__ == "__main__":
+    CASE = Case(**json.loads(sys.argv[1]))
+    os.environ.update(environment_of(CASE))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import Mesh, NamedSharding  # noqa: E402
+
+from dsa_jax import presets  # noqa: E402
+from dsa_jax.config import ModelConfig  # noqa: E402
+from dsa_jax.sharding import MeshConfig, batch_spec, make_mesh  # noqa: E402
+from train.checkpoints import Checkpoints, RunRecord  # noqa: E402
+from train.config import TrainConfig, to_dict  # noqa: E402
+from train.data import Batch, DataPosition  # noqa: E402
+from train.loop import trace_step  # noqa: E402
+from train.stages import Stage  # noqa: E402
+from train.start import Plan, plan, start  # noqa: E402
+from train.state import TrainState, new_state  # noqa: E402
+
+MESHES: dict[str, MeshConfig] = {
+    "one": MeshConfig(),
+    "fsdp 2": MeshConfig(fsdp=2),
+    "expert 2": MeshConfig(expert=2),
+    "context 2": MeshConfig(context=2),
+}
+_KEY = (0, 0)
+
+
+class Sizes(NamedTuple):
+    """A model, and a batch."""
+
+    model: ModelConfig
+    batch: int
+    length: int
+
+
+def sizes(name: str) -> Sizes:
+    """Layers of DeepSeek-V3.2-Exp at 4096 wide, with fewer and narrower experts.
+
+    Attention and indexer have its sizes but for `index_topk`. Masters, AdamW and gradients of the
+    large one take 16 bytes for each of 6.2e9 parameters, and a step's temporaries about as much
+    again: more than an H200 has.
+    """
+    if name == "tiny":
+        return Sizes(presets.get("tiny").replace(num_hidden_layers=2), 2, 32)
+    layer = presets.get("deepseek-v3.2-exp").replace(
+        hidden_size=4096,
+        vocab_size=32768,
+        intermediate_size=8192,
+        moe_intermediate_size=2048,
+        first_k_dense_replace=1,
+        num_experts_per_tok=4,
+        index_topk=1024,
+        num_nextn_predict_layers=0,
+    )
+    layers, experts = {"small": (3, 16), "large": (6, 40)}[name]
+    return Sizes(layer.replace(num_hidden_layers=layers, n_routed_experts=experts), 2, 8192)
+
+
+class Program(NamedTuple):
+    """One stage of one model on one mesh, compiled.
+
+    Attributes:
+        plan: shapes and shardings.
+        init: makes a state.
+        step: takes a step.
+    """
+
+    plan: Plan
+    init: jax.stages.Compiled
+    step: jax.stages.Compiled
+
+
+def train_config(case: Case, mesh: str) -> TrainConfig:
+    """What a run of the stage would be configured as."""
+    given = sizes(case.model)
+    return TrainConfig(
+        stage=Stage(case.stage),
+        model=given.model,
+        mesh=MESHES[mesh],
+        batch_size=given.batch,
+        sequence_length=given.length,
+        steps=1000,
+    ).resolved()
+
+
+def make_batch(given: Sizes, mesh: Mesh) -> Batch:
+    """Rows of three documents and some padding."""
+    shape = (given.batch, given.length)
+    tokens = np.random.default_rng(0).integers(2, given.model.vocab_size, shape, dtype=np.int32)
+    ends = [given.length // 2 + 3, given.length // 2 + given.length // 3, given.length - 5]
+    place = np.arange(given.length)
+    document = np.searchsorted(ends, place, side="right")
+    starts = np.array([0, *ends])[document]
+    inside = (document < 3) & (np.append(document[1:], 3) == document)
+    batch = {
+        "tokens": tokens,
+        "targets": np.where(inside, np.roll(tokens, -1, axis=1), -1).astype(np.int32),
+        "segment_ids": np.tile(np.where(document < 3, document + 1, 0), (given.batch, 1)),
+        "positions": np.tile(place - starts, (given.batch, 1)),
+    }
+    where = NamedSharding(mesh, batch_spec())
+    return {name: jax.device_put(x.astype(np.int32), where) for name, x in batch.items()}
+
+
+def _fill(path: str, number: int, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Numbers that look random and are the same on every mesh, and cheap to compile."""
+    index = jnp.full(like.shape, number * 7919, jnp.uint32)
+    for axis, stride in enumerate(np.cumprod([1, *like.shape[:0:-1]])[::-1]):
+        index += jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis) * jnp.uint32(stride % 2**32)
+    for factor, shift in ((0x7FEB352D, 15), (0x846CA68B, 16)):
+        index = (index ^ (index >> shift)) * jnp.uint32(factor)
+    noise = (index >> 8).astype(jnp.float32) * 2**-23 - 1
+    if path.endswith("norm/weight"):
+        return (1 + 0.1 * noise).astype(like.dtype)
+    fan_in = like.shape[-2] if like.ndim > 1 else 100
+    return (1.7 * fan_in**-0.5 * noise).astype(like.dtype)
+
+
+def compiled(config: TrainConfig, options: dict[str, Any]) -> Program:
+    """The initialiser and the step that training would compile."""
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        run = plan(config, mesh)
+
+        def init() -> TrainState:
+            params = {
+                path: _fill(path, number, shape)
+                for number, (path, shape) in enumerate(run.skeleton.shapes.items())
+            }
+            return new_state(config, params, run.optimizer)
+
+        where = jax.tree.map(lambda x: x.sharding, run.state)
+        step = trace_step(run).lower().compile(compiler_options=options or None)
+        return Program(run, jax.jit(init, out_shardings=where).lower().compile(), step)
+
+
+class _Stepping(jax.stages.Wrapped):
+    """Steps as a function without arguments, for the profiler."""
+
+    def __init__(self, step: Callable, state: TrainState, batch: Batch):
+        self.step, self.state, self.batch = step, state, batch
+
+    def __call__(self) -> dict[str, jax.Array]:
+        self.state, metrics = self.step(self.state, self.batch)
+        return metrics
+
+    def trace(self, *args, **kwargs):
+        raise NotImplementedError
+
+    def lower(self, *args, **kwargs):
+        raise NotImplementedError
+
+
+def profile(stepping: _Stepping, devices: int) -> dict[str, Any]:
+    """Milliseconds a GPU spends in a step's NCCL kernels, and in others; nothing without CUPTI."""
+    if jax.default_backend() != "gpu":
+        return {}
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, kernels = profiler.measure(stepping, aggregate=False)()
+    if not kernels:
+        return {}
+    times = {"communication_ms": 0.0, "compute_ms": 0.0}
+    collectives: dict[str, float] = {}
+    for name, ms in kernels:  # pyright: ignore[reportGeneralTypeIssues]
+        moves = any(word in name.lower() for word in ("nccl", "raggedalltoall", "ragged_all"))
+        times["communication_ms" if moves else "compute_ms"] += ms / devices
+        if moves:
+            short = name.split("(")[0][:60]
+            collectives[short] = collectives.get(short, 0.0) + ms / devices
+    return times | {"collectives_ms": collectives}
+
+
+def measure(program: Program, given: Sizes, steps: int) -> dict[str, Any]:
+    """Losses, wall time, profile and memory of a program."""
+    mesh = program.plan.mesh
+    with jax.set_mesh(mesh):
+        batch = make_batch(given, mesh)
+        stepping = _Stepping(program.step, program.init(), batch)
+        losses, seconds = [], []
+        for _ in range(steps):
+            began = time.perf_counter()
+            metrics = jax.device_get(stepping())
+            seconds.append(time.perf_counter() - began)
+            losses.append(float(metrics["loss"]))
+            say(f"step {len(losses)}: loss {losses[-1]:.6f}, {seconds[-1]:.3f} s")
+        row: dict[str, Any] = {
+            "losses": losses,
+            "step_ms": 1e3 * min(seconds[1:]),
+            "tokens_per_second": given.batch * given.length / min(seconds[1:]),
+        }
+        row |= profile(stepping, mesh.size)
+    if "compute_ms" in row:
+        row["communication_share"] = row["communication_ms"] / row["step_ms"]
+        row["exposed_share"] = max(0.0, 1 - row["compute_ms"] / row["step_ms"])
+    memory: Any = program.step.memory_analysis()
+    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in mesh.devices.flat]
+    return row | {
+        "parameters": sum(math.prod(x.shape) for x in program.plan.skeleton.shapes.values()),
+        "state_gb": memory.argument_size_in_bytes / 1e9,
+        "temporary_gb": memory.temp_size_in_bytes / 1e9,
+        "peak_gb": None if None in peaks else max(peaks) / 1e9,
+        "finite": bool(np.isfinite(losses).all()),
+    }
+
+
+def resumed(two: Program, one: Program, given: Sizes) -> dict[str, Any]:
+    """Saves on two devices, resumes on one, and lets both go on."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = two.plan.config
+        with jax.set_mesh(two.plan.mesh):
+            batch = make_batch(given, two.plan.mesh)
+            state, _ = two.step(two.init(), batch)
+            checkpoints = Checkpoints(Path(folder), config.model, 1)
+            began = time.perf_counter()
+            position = DataPosition(given.batch, given.length, {})
+            checkpoints.save(1, state, RunRecord(to_dict(config), position, _KEY))
+            checkpoints.wait()
+            rows["save_seconds"] = time.perf_counter() - began
+            say(f"saved in {rows['save_seconds']:.1f} s")
+            saved = jax.device_get(state)
+            _, metrics = two.step(state, batch)
+            rows["loss_on_two"] = float(metrics["loss"])
+        with jax.set_mesh(one.plan.mesh):
+            began = time.perf_counter()
+            state = start(one.plan, checkpoints).state
+            rows["restore_seconds"] = time.perf_counter() - began
+            say(f"restored in {rows['restore_seconds']:.1f} s")
+            checkpoints.close()
+            equal = jax.tree.map(np.array_equal, saved, jax.device_get(state))
+            rows["bit_equal"] = all(jax.tree.leaves(equal))
+            batch = make_batch(given, one.plan.mesh)
+            rows["loss_on_one"] = float(one.step(state, batch)[1]["loss"])
+    rows["relative_difference"] = abs(rows["loss_on_one"] / rows["loss_on_two"] - 1)
+    return rows
+
+
+def say(text: str) -> None:
+    """A line for whoever watches."""
+    print(f"    {text}", file=sys.stderr, flush=True)
+
+
+def run(case: Case, ready: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """The row of a case.
+
+    Args:
+        case: which.
+        ready: called when all is compiled; when it returns, the GPUs are this case's.
+    """
+    given = sizes(case.model)
+    if case.mesh == "resumed":
+        two, one = (compiled(train_config(case, mesh), case.options) for mesh in ("fsdp 2", "one"))
+        ready()
+        return resumed(two, one, given)
+    program = compiled(train_config(case, case.mesh), case.options)
+    ready()
+    return measure(program, given, case.steps)
+
+
+def main(case: Case) -> None:
+    """Talks to `benchmarks.two_gpus`."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # says where it hangs, if asked
+    began = time.perf_counter()
+
+    def answer(**what: Any) -> None:
+        print(json.dumps(what), flush=True)
+
+    def ready() -> None:
+        answer(ready=time.perf_counter() - began)
+        if not sys.stdin.readline():
+            raise SystemExit("nobody waits for this any more")
+
+    try:
+        answer(row=run(case, ready) | {"case": dataclasses.asdict(case)})
+    except Exception as error:  # the other cases still tell something
+        answer(row={"failed": f"{type(error).__name__}: {str(error)[:2000]}"})
+
+
+if __name__ == "__main__":
+    main(CASE)
+    sys.stdout.flush()
+    os._exit(0)  # giving back what a program holds takes seconds

@@ -1,7 +1,5 @@
 """One stage of training on one mesh of GPUs, as a process that `benchmarks.two_gpus` starts.
 
-    python -m benchmarks.mesh_case '{"model": "small", "stage": "sparse", "mesh": "fsdp 2"}'
-
 It compiles, prints `{"ready": ...}`, waits for a line on its standard input, runs, and prints
 `{"row": ...}`. So many cases compile side by side, which takes most of the time, and each has the
 GPUs to itself when it is timed. Nothing is loaded onto a GPU while a collective waits on it: a
@@ -20,69 +18,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Autotuning takes longer than all runs together.
-FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-
-@dataclass(frozen=True)
-class Case:
-    """One program, or with a mesh `resumed` two: what is saved on two GPUs goes on on one.
-
-    Attributes:
-        model: `small`, `large` or `tiny`.
-        stage: of training.
-        mesh: a key of `MESHES`.
-        options: of the compiler, by name.
-        label: of the options.
-        steps: to run, the first untimed.
-    """
-
-    model: str
-    stage: str
-    mesh: str
-    options: dict[str, Any] = field(default_factory=dict)
-    label: str = ""
-    steps: int = 4
-
-    @property
-    def name(self) -> str:
-        """`small sparse fsdp 2`."""
-        return " ".join(filter(None, (self.model, self.stage, self.mesh, self.label)))
-
-
-def environment_of(case: Case) -> dict[str, str]:
-    """What JAX reads when it starts."""
-    if case.model == "tiny":
-        flags = "--xla_force_host_platform_device_count=2"
-        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    flags = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))
-    # Other cases wait on the same GPUs: memory is taken as it is needed.
-    return {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-
-
-if __name__ == "__main__":
-    CASE = Case(**json.loads(sys.argv[1]))
-    os.environ.update(environment_of(CASE))
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.sharding import Mesh, NamedSharding  # noqa: E402
-
-from dsa_jax import presets  # noqa: E402
-from dsa_jax.config import ModelConfig  # noqa: E402
-from dsa_jax.sharding import MeshConfig, batch_spec, make_mesh  # noqa: E402
-from train.checkpoints import Checkpoints, RunRecord  # noqa: E402
-from train.config import TrainConfig, to_dict  # noqa: E402
-from train.data import Batch, DataPosition  # noqa: E402
-from train.loop import trace_step  # noqa: E402
-from train.stages import Stage  # noqa: E402
-from train.start import Plan, plan, start  # noqa: E402
-from train.state import TrainState, new_state  # noqa: E402
+from benchmarks.two_gpus import Case
+from dsa_jax import expert_parallel, presets
+from dsa_jax.config import ModelConfig
+from dsa_jax.sharding import MeshConfig, batch_spec, make_mesh
+from train.checkpoints import Checkpoints, RunRecord
+from train.config import TrainConfig, to_dict
+from train.data import Batch, DataPosition
+from train.loop import trace_step
+from train.stages import Stage
+from train.start import Plan, plan, start
+from train.state import TrainState, new_state
 
 MESHES: dict[str, MeshConfig] = {
     "one": MeshConfig(),
@@ -109,7 +63,9 @@ def sizes(name: str) -> Sizes:
     again: more than an H200 has.
     """
     if name == "tiny":
-        return Sizes(presets.get("tiny").replace(num_hidden_layers=2), 2, 32)
+        return Sizes(
+            presets.get("tiny").replace(num_hidden_layers=1, first_k_dense_replace=0), 2, 32
+        )
     layer = presets.get("deepseek-v3.2-exp").replace(
         hidden_size=4096,
         vocab_size=32768,
@@ -317,6 +273,7 @@ def run(case: Case, ready: Callable[[], None] = lambda: None) -> dict[str, Any]:
         ready: called when all is compiled; when it returns, the GPUs are this case's.
     """
     given = sizes(case.model)
+    expert_parallel.RAGGED = case.ragged
     if case.mesh == "resumed":
         two, one = (compiled(train_config(case, mesh), case.options) for mesh in ("fsdp 2", "one"))
         ready()
@@ -346,6 +303,6 @@ def main(case: Case) -> None:
 
 
 if __name__ == "__main__":
-    main(CASE)
+    main(Case(**json.loads(sys.argv[1])))
     sys.stdout.flush()
     os._exit(0)  # giving back what a program holds takes seconds

@@ -35,14 +35,56 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.mesh_case import Case, environment_of
-
+# Autotuning takes longer than all runs together.
+FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
 MESHES = ("fsdp 2", "expert 2", "context 2")
 STAGES = ("sparse", "warmup")
 PARTS = ("small", "checkpoint", "large", "overlap")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program, or with a mesh `resumed` two: what is saved on two GPUs goes on on one.
+
+    Attributes:
+        model: `small`, `large` or `tiny`.
+        stage: of training.
+        mesh: a key of `MESHES`.
+        options: of the compiler, by name.
+        label: of the options.
+        ragged: whether rows travel to their experts by `ragged_all_to_all`.
+        variables: of the process's environment.
+        steps: to run, the first untimed.
+    """
+
+    model: str
+    stage: str
+    mesh: str
+    options: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+    ragged: bool = True
+    variables: dict[str, str] = field(default_factory=dict)
+    steps: int = 4
+
+    @property
+    def name(self) -> str:
+        """`small sparse fsdp 2`."""
+        return " ".join(filter(None, (self.model, self.stage, self.mesh, self.label)))
+
+
+def environment_of(case: Case) -> dict[str, str]:
+    """What JAX reads when it starts."""
+    if case.model == "tiny":
+        flags = "--xla_force_host_platform_device_count=2"
+        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    flags = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))
+    # Other cases wait on the same GPUs: memory is taken as it is needed.
+    return {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | case.variables
+
 
 _SCHEDULER = {"xla_gpu_enable_latency_hiding_scheduler": True}
 _PIPELINED = {
@@ -99,25 +141,24 @@ def cases(
     return todo
 
 
+PROGRAM = (sys.executable, "-m", "benchmarks.mesh_case")
+
+
 class Worker:
     """A case's process, and what it says.
 
     Args:
         case: what it runs.
         log: where its standard error goes.
+        program: the process.
     """
 
-    def __init__(self, case: Case, log: Path):
+    def __init__(self, case: Case, log: Path, program: Sequence[str] = PROGRAM):
         self.case, self.log = case, log
         self.said: queue.Queue[dict[str, Any]] = queue.Queue()
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.mesh_case",
-                    json.dumps(dataclasses.asdict(case)),
-                ],
+                [*program, json.dumps(dataclasses.asdict(case))],
                 env=os.environ | environment_of(case),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

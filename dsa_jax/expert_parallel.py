@@ -30,6 +30,9 @@ from pallas_kernels.tiling import vary_like
 # takes memory, less takes rounds. With up to as many devices as this there is one round always.
 ROOM = 2.0
 
+# Whether a GPU moves only the rows there are, or full quotas as a CPU does.
+RAGGED = True
+
 Axes = tuple[str, ...]
 Apply = Callable[[Any, Array, Array, Array], Array]
 """`(experts, rows, group_sizes, live) -> rows`: this device's experts on rows sorted by expert;
@@ -155,6 +158,8 @@ def exchange(
     ragged = functools.partial(lax.ragged_all_to_all, axis_name=axes)
     padded = functools.partial(_padded_exchange, axes=axes, quota=quota)
     arguments = vary_like((rows, into, first, send, there, receive), (rows, into))
+    if not RAGGED:
+        return padded(*arguments)
     return lax.platform_dependent(*arguments, cpu=padded, default=ragged)
 
 

@@ -218,12 +218,12 @@ def measure(program: Program, given: Sizes, steps: int) -> dict[str, Any]:
         row["communication_share"] = row["communication_ms"] / row["step_ms"]
         row["exposed_share"] = max(0.0, 1 - row["compute_ms"] / row["step_ms"])
     memory: Any = program.step.memory_analysis()
-    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in mesh.devices.flat]
+    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in mesh.devices.flat]
     return row | {
         "parameters": sum(math.prod(x.shape) for x in program.plan.skeleton.shapes.values()),
         "state_gb": memory.argument_size_in_bytes / 1e9,
         "temporary_gb": memory.temp_size_in_bytes / 1e9,
-        "peak_gb": None if None in peaks else max(peaks) / 1e9,
+        "peak_gb": max(peaks) / 1e9,
         "finite": bool(np.isfinite(losses).all()),
     }
 

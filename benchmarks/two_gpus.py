@@ -121,18 +121,20 @@ def cases(
     todo: list[Case] = []
     for stage in stages:
         if "small" in parts:
-            todo += [Case(small, stage, mesh, _SCHEDULER, "", steps) for mesh in ("one", *meshes)]
+            todo += [
+                Case(small, stage, mesh, _SCHEDULER, "", steps=steps) for mesh in ("one", *meshes)
+            ]
     if "checkpoint" in parts:
         todo.append(Case(small, "warmup", "resumed", _SCHEDULER))
     for stage in stages:
         if "large" in parts:
             todo += [
-                Case(large, stage, mesh, _SCHEDULER, "large" if tiny else "", steps)
+                Case(large, stage, mesh, _SCHEDULER, "large" if tiny else "", steps=steps)
                 for mesh in meshes
             ]
     if "overlap" in parts:
         todo += [
-            Case(small, stages[0], mesh, options, label, steps)
+            Case(small, stages[0], mesh, options, label, steps=steps)
             for mesh in meshes
             for label, options in OVERLAP.items()
         ]

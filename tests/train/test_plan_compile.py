@@ -90,7 +90,7 @@ def test_gradients_of_weights_are_cut_as_they_are_summed():
     options, _ = small(mesh, compile="cuda")
     options = dataclasses.replace(options, stage=Stage.SPARSE)
     traffic = make(options, model=model).traffic
-    summed = {one.op: 0 for one in traffic}
+    summed = {one.op: 0.0 for one in traffic}
     for one in traffic:
         summed[one.op] += one.bytes_sent
     # What is left are norms, biases and numbers for the metrics.

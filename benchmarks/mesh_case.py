@@ -140,7 +140,7 @@ def _fill(path: str, number: int, like: jax.ShapeDtypeStruct) -> jax.Array:
     return (1.7 * fan_in**-0.5 * noise).astype(like.dtype)
 
 
-def compiled(config: TrainConfig, options: dict[str, Any]) -> Program:
+def compiled(config: TrainConfig) -> Program:
     """The initialiser and the step that training would compile."""
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -154,7 +154,7 @@ def compiled(config: TrainConfig, options: dict[str, Any]) -> Program:
             return new_state(config, params, run.optimizer)
 
         where = jax.tree.map(lambda x: x.sharding, run.state)
-        step = trace_step(run).lower().compile(compiler_options=options or None)
+        step = trace_step(run).lower().compile()
         return Program(run, jax.jit(init, out_shardings=where).lower().compile(), step)
 
 
@@ -275,10 +275,10 @@ def run(case: Case, ready: Callable[[], None] = lambda: None) -> dict[str, Any]:
     given = sizes(case.model)
     expert_parallel.RAGGED = case.ragged
     if case.mesh == "resumed":
-        two, one = (compiled(train_config(case, mesh), case.options) for mesh in ("fsdp 2", "one"))
+        two, one = (compiled(train_config(case, mesh)) for mesh in ("fsdp 2", "one"))
         ready()
         return resumed(two, one, given)
-    program = compiled(train_config(case, case.mesh), case.options)
+    program = compiled(train_config(case, case.mesh))
     ready()
     return measure(program, given, case.steps)
 

@@ -54,7 +54,7 @@ class Case:
         model: `small`, `large` or `tiny`.
         stage: of training.
         mesh: a key of `MESHES`.
-        options: of the compiler, by name.
+        options: of the compiler, as `XLA_FLAGS` names them.
         label: of the options.
         ragged: whether rows travel to their experts by `ragged_all_to_all`.
         variables: of the process's environment.
@@ -81,12 +81,16 @@ def environment_of(case: Case) -> dict[str, str]:
     if case.model == "tiny":
         flags = "--xla_force_host_platform_device_count=2"
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    flags = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))
+    options = [f"--{name}={_text(value)}" for name, value in case.options.items()]
+    flags = " ".join((*FLAGS, *options, os.environ.get("XLA_FLAGS", "")))
     # Other cases wait on the same GPUs: memory is taken as it is needed.
     return {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | case.variables
 
 
-_SCHEDULER = {"xla_gpu_enable_latency_hiding_scheduler": True}
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 _PIPELINED = {
     "xla_gpu_enable_pipelined_all_gather": True,
     "xla_gpu_enable_pipelined_reduce_scatter": True,
@@ -100,16 +104,16 @@ def _combined(size: int) -> dict[str, int]:
     return {f"xla_gpu_{op}_combine_threshold_bytes": size for op in ops}
 
 
-# Label -> options, of which the first is what XLA does by itself.
+# Label -> options beside or instead of those that training sets (`train.overlap`).
 OVERLAP: dict[str, dict[str, Any]] = {
-    "as it comes": {},
-    "scheduler": _SCHEDULER,
-    "no async": _SCHEDULER | {"xla_gpu_disable_async_collectives": "ALLCOLLECTIVES"},
-    "pipelined": _SCHEDULER | _PIPELINED,
-    "double buffering": _SCHEDULER | _DOUBLE,
-    "pipelined, double buffering": _SCHEDULER | _PIPELINED | _DOUBLE,
-    "not combined": _SCHEDULER | _combined(0),
-    "combined to 1 GB": _SCHEDULER | _combined(2**30),
+    "as train": {},
+    "no scheduler": {"xla_gpu_enable_latency_hiding_scheduler": False},
+    "nothing async": {"xla_gpu_disable_async_collectives": "ALLCOLLECTIVES"},
+    "pipelined": _PIPELINED,
+    "double buffering": _DOUBLE,
+    "pipelined, double buffering": _PIPELINED | _DOUBLE,
+    "not combined": _combined(0),
+    "combined to 1 GB": _combined(2**30),
 }
 
 
@@ -121,15 +125,13 @@ def cases(
     todo: list[Case] = []
     for stage in stages:
         if "small" in parts:
-            todo += [
-                Case(small, stage, mesh, _SCHEDULER, "", steps=steps) for mesh in ("one", *meshes)
-            ]
+            todo += [Case(small, stage, mesh, steps=steps) for mesh in ("one", *meshes)]
     if "checkpoint" in parts:
-        todo.append(Case(small, "warmup", "resumed", _SCHEDULER))
+        todo.append(Case(small, "warmup", "resumed"))
     for stage in stages:
         if "large" in parts:
             todo += [
-                Case(large, stage, mesh, _SCHEDULER, "large" if tiny else "", steps=steps)
+                Case(large, stage, mesh, label="large" if tiny else "", steps=steps)
                 for mesh in meshes
             ]
     if "overlap" in parts:
@@ -138,8 +140,6 @@ def cases(
             for mesh in meshes
             for label, options in OVERLAP.items()
         ]
-    if tiny:  # a CPU knows none of these options
-        todo = [dataclasses.replace(case, options={}) for case in todo]
     return todo
 
 

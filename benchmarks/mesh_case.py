@@ -10,26 +10,31 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import functools
 import json
+import lzma
 import math
 import os
+import pickle
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.two_gpus import Case
 from dsa_jax import expert_parallel, presets
 from dsa_jax.config import ModelConfig
 from dsa_jax.sharding import MeshConfig, batch_spec, make_mesh
+from pallas_kernels import dispatch
 from train.checkpoints import Checkpoints, RunRecord
 from train.config import TrainConfig, to_dict
 from train.data import Batch, DataPosition
@@ -140,9 +145,17 @@ def _fill(path: str, number: int, like: jax.ShapeDtypeStruct) -> jax.Array:
     return (1.7 * fan_in**-0.5 * noise).astype(like.dtype)
 
 
-def compiled(config: TrainConfig) -> Program:
-    """The initialiser and the step that training would compile."""
-    mesh = make_mesh(config.mesh)
+def lowered(
+    config: TrainConfig, devices: Sequence[jax.Device] | None = None
+) -> tuple[Plan, jax.stages.Lowered, jax.stages.Lowered]:
+    """The plan of a run, its initialiser, and the step that training would compile.
+
+    Args:
+        config: of the run.
+        devices: stand-ins for GPUs that are not here; None: this process's own.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    options: Any = {} if devices is None else {"lowering_platforms": ("cuda",)}
     with jax.set_mesh(mesh):
         run = plan(config, mesh)
 
@@ -154,8 +167,53 @@ def compiled(config: TrainConfig) -> Program:
             return new_state(config, params, run.optimizer)
 
         where = jax.tree.map(lambda x: x.sharding, run.state)
-        step = trace_step(run).lower().compile()
-        return Program(run, jax.jit(init, out_shardings=where).lower().compile(), step)
+        made = jax.jit(init, out_shardings=where).trace().lower(**options)
+        return run, made, trace_step(run).lower(**options)
+
+
+def prepare(case: Case, folder: Path) -> None:
+    """Compiles a case for two H200s on a machine that has none, and keeps its programs."""
+    from train.plan.hardware import GPUS
+    from train.plan.worker import Job, devices
+
+    expert_parallel.RAGGED = case.ragged
+    for mesh in case.meshes:
+        config = train_config(case, mesh)
+        absent = devices(Job(config, GPUS["h200"].target, per_host=8))
+        with dispatch.kernels(True):
+            _, *programs = lowered(config, absent)
+        kept = [serialize_executable.serialize(program.compile()) for program in programs]
+        folder.mkdir(parents=True, exist_ok=True)
+        _file(case, mesh, folder).write_bytes(lzma.compress(pickle.dumps(kept)))
+
+
+def _file(case: Case, mesh: str, folder: Path) -> Path:
+    name = "-".join((case.model, case.stage, mesh, *case.label.replace(",", "").split()))
+    return folder / f"{name}.program".replace(" ", "-")
+
+
+def program_of(case: Case, mesh: str) -> Program:
+    """Compiles a case, or loads what was compiled for it."""
+    config = train_config(case, mesh)
+    file = _file(case, mesh, Path(case.programs))
+    if not case.programs or not file.exists():
+        run, *programs = lowered(config)
+        return Program(run, *(program.compile() for program in programs))
+    say(f"loading {file.name}")
+    here = make_mesh(config.mesh)
+    with jax.set_mesh(here):
+        run = plan(config, here)
+    load = functools.partial(
+        serialize_executable.deserialize_and_load, execution_devices=list(here.devices.flat)
+    )
+    return Program(run, *(load(*kept) for kept in pickle.loads(lzma.decompress(file.read_bytes()))))
+
+
+def introduce(mesh: Mesh) -> None:
+    """Lets devices meet once: the first collective of a process takes seconds."""
+    if mesh.size > 1:
+        x = jax.device_put(jnp.ones(mesh.size), NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+        jax.block_until_ready(jax.jit(jnp.sum)(x))
 
 
 class _Stepping(jax.stages.Wrapped):
@@ -274,13 +332,14 @@ def run(case: Case, ready: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """
     given = sizes(case.model)
     expert_parallel.RAGGED = case.ragged
-    if case.mesh == "resumed":
-        two, one = (compiled(train_config(case, mesh)) for mesh in ("fsdp 2", "one"))
-        ready()
-        return resumed(two, one, given)
-    program = compiled(train_config(case, case.mesh))
+    programs = [program_of(case, mesh) for mesh in case.meshes]
+    introduce(programs[0].plan.mesh)
     ready()
-    return measure(program, given, case.steps)
+    return (
+        resumed(*programs, given)
+        if case.mesh == "resumed"
+        else measure(*programs, given, case.steps)
+    )
 
 
 def main(case: Case) -> None:
@@ -303,6 +362,9 @@ def main(case: Case) -> None:
 
 
 if __name__ == "__main__":
-    main(Case(**json.loads(sys.argv[1])))
+    if sys.argv[2:3] == ["--prepare"]:
+        prepare(Case(**json.loads(sys.argv[1])), Path(sys.argv[3]))
+    else:
+        main(Case(**json.loads(sys.argv[1])))
     sys.stdout.flush()
     os._exit(0)  # giving back what a program holds takes seconds

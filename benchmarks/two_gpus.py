@@ -18,8 +18,9 @@ kernels and in all others, a GPU's mean. Communication is exposed where a step t
 the other kernels do; launch gaps count as exposed too, and so they do in the row of one GPU.
 
 Every case is a process of its own (`benchmarks.mesh_case`): all compile side by side, without
-autotuning, and when all have, one after the other has its turn. A case that hangs is asked where,
-and killed.
+autotuning, and one after the other has its turn, in which no other computes. A case that hangs is
+asked where, and killed. A machine without a GPU can compile them beforehand, by `--prepare FOLDER`;
+`--programs FOLDER` runs what it finds there.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Case:
         ragged: whether rows travel to their experts by `ragged_all_to_all`.
         variables: of the process's environment.
         steps: to run, the first untimed.
+        programs: folder with programs that `--prepare` has compiled.
     """
 
     model: str
@@ -66,9 +68,15 @@ class Case:
     mesh: str
     options: dict[str, Any] = field(default_factory=dict)
     label: str = ""
-    ragged: bool = True
+    ragged: bool = False
     variables: dict[str, str] = field(default_factory=dict)
     steps: int = 4
+    programs: str = ""
+
+    @property
+    def meshes(self) -> tuple[str, ...]:
+        """Of its programs."""
+        return ("fsdp 2", "one") if self.mesh == "resumed" else (self.mesh,)
 
     @property
     def name(self) -> str:
@@ -235,27 +243,42 @@ def compare(row: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(todo: Sequence[Case], folder: Path, report: Report, limits: tuple[float, float]) -> None:
+def prepare(todo: Sequence[Case], folder: Path) -> int:
+    """Compiles all cases, one after the other, without a GPU."""
+    for case in todo:
+        if case.mesh == "resumed":  # the programs of others
+            continue
+        command = [*PROGRAM, json.dumps(dataclasses.asdict(case)), "--prepare", str(folder)]
+        env = os.environ | environment_of(case) | {"JAX_PLATFORMS": "cpu"}
+        subprocess.run(command, env=env, check=True)
+        print(case.name, flush=True)
+    return 0
+
+
+def run(
+    todo: Sequence[Case], folder: Path, report: Report, limits: tuple[float, float, float]
+) -> None:
     """Compiles all cases at once and runs them in turn.
 
     Args:
         todo: the cases.
         folder: for their logs.
         report: where rows go.
-        limits: seconds for compiling, from now, and for each turn.
+        limits: seconds for compiling, from now, and for each turn; after which none begins.
     """
     workers = [Worker(case, folder / f"{case.name.replace(' ', '-')}.log") for case in todo]
     until = time.perf_counter() + limits[0]
-    ready = []
     for worker in workers:
+        case = worker.case
+        if report.seconds() > limits[2]:
+            report.add(case.name, {"skipped": "out of time"})
+            continue
         heard = worker.hear(until - time.perf_counter())
         if "row" in heard:
-            report.add(worker.case.name, heard["row"])
-        else:
-            report.say(f"{worker.case.name}: ready after {heard['ready']:.1f} s")
-            ready.append(worker)
-    for worker in ready:
-        row, case = worker.turn(limits[1]), worker.case
+            report.add(case.name, heard["row"])
+            continue
+        report.say(f"{case.name}: ready after {heard['ready']:.1f} s")
+        row = worker.turn(limits[1])
         one = report.rows["cases"].get(f"{case.model} {case.stage} one")
         compares = one and "losses" in row and "losses" in one and case.mesh != "one"
         report.add(case.name, compare(row, one) if compares else row)
@@ -280,18 +303,26 @@ def main() -> int:
     parser.add_argument("--meshes", nargs="+", choices=MESHES, default=MESHES)
     parser.add_argument("--steps", type=int, default=4, help="of each case, the first untimed")
     parser.add_argument("--logs", type=Path, default=Path("."), help="folder for the cases' logs")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER")
+    parser.add_argument("--programs", type=Path, metavar="FOLDER")
+    parser.add_argument("--seconds", type=float, default=600, help="begin no turn after these")
     parser.add_argument("--compile-seconds", type=float, default=300)
     parser.add_argument("--turn-seconds", type=float, default=60)
     options = parser.parse_args()
     options.logs.mkdir(parents=True, exist_ok=True)
     todo = cases(options.parts, options.stages, options.meshes, options.tiny, options.steps)
+    if options.prepare:
+        return prepare(todo, options.prepare)
+    if options.programs:
+        todo = [dataclasses.replace(case, programs=str(options.programs)) for case in todo]
     report = Report(options.json, {})
     # A CPU compiles one case at a time.
     groups = [[case] for case in todo] if options.tiny else [todo]
     asked = threading.Thread(target=lambda: report.rows.update(environment=_environment()))
     asked.start()
     for group in groups:
-        run(group, options.logs, report, (options.compile_seconds, options.turn_seconds))
+        limits = options.compile_seconds, options.turn_seconds, options.seconds
+        run(group, options.logs, report, limits)
     asked.join()
     report.add("seconds", {"total": report.seconds()})
     return int(any("failed" in row for row in report.rows["cases"].values()))

@@ -9,8 +9,8 @@ travel in rounds: in each, a device sends any other at most `quota` rows, and th
 rounds as the fullest pair of devices needs. One does where routing is balanced; nothing is ever
 dropped, whatever the routing, and memory is bounded by the quota.
 
-An `all_to_all` of full quotas moves them. `jax.lax.ragged_all_to_all` would move only the rows there
-are, but does not return on two GPUs (`RAGGED`).
+An `all_to_all` of full quotas moves them. `jax.lax.ragged_all_to_all` would move only the rows that
+there are, but does not return on two GPUs (`RAGGED`).
 """
 
 from __future__ import annotations

@@ -335,11 +335,9 @@ def run(case: Case, ready: Callable[[], None] = lambda: None) -> dict[str, Any]:
     programs = [program_of(case, mesh) for mesh in case.meshes]
     introduce(programs[0].plan.mesh)
     ready()
-    return (
-        resumed(*programs, given)
-        if case.mesh == "resumed"
-        else measure(*programs, given, case.steps)
-    )
+    if len(programs) == 2:
+        return resumed(programs[0], programs[1], given)
+    return measure(programs[0], given, case.steps)
 
 
 def main(case: Case) -> None:

@@ -1,13 +1,14 @@
 """The compiler's options of a step on several GPUs."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from train.overlap import OPTIONS, compiler_options
 
 
-def mesh(count, platform):
+def mesh(count, platform) -> Any:
     devices = np.array([SimpleNamespace(platform=platform)] * count)
     return SimpleNamespace(size=count, devices=devices)
 

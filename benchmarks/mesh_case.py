@@ -67,6 +67,8 @@ def sizes(name: str) -> Sizes:
     large one take 16 bytes for each of 6.2e9 parameters, and a step's temporaries about as much
     again: more than an H200 has.
     """
+    if name == "exact":
+        return Sizes(presets.get("tiny").replace(num_hidden_layers=2), 4, 256)
     if name == "tiny":
         return Sizes(
             presets.get("tiny").replace(num_hidden_layers=1, first_k_dense_replace=0), 2, 32
@@ -108,6 +110,7 @@ def train_config(case: Case, mesh: str) -> TrainConfig:
         mesh=MESHES[mesh],
         batch_size=given.batch,
         sequence_length=given.length,
+        compute_dtype="float32" if case.model == "exact" else "bfloat16",
         steps=1000,
     ).resolved()
 

@@ -3,8 +3,9 @@
     python -m benchmarks.two_gpus --json FILE
     python -m benchmarks.two_gpus --tiny --json FILE       # the same on two CPU devices
 
-Four parts:
+Five parts:
 
+- `exact`: a tiny model in fp32, whose losses are equal but for the order of sums.
 - `small`: a model that one GPU holds too, by fsdp 2, expert 2 and context 2. The losses of the
   first steps are compared with those of one GPU, and so is the speed: scaling efficiency is the
   time of a step on one GPU over twice that on two.
@@ -44,7 +45,7 @@ from typing import Any
 FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
 MESHES = ("fsdp 2", "expert 2", "context 2")
 STAGES = ("sparse", "warmup")
-PARTS = ("small", "checkpoint", "large", "overlap")
+PARTS = ("exact", "small", "checkpoint", "large", "overlap")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Case:
     """One program, or with a mesh `resumed` two: what is saved on two GPUs goes on on one.
 
     Attributes:
-        model: `small`, `large` or `tiny`.
+        model: `exact`, `small`, `large` or `tiny`.
         stage: of training.
         mesh: a key of `MESHES`.
         options: of the compiler, as `XLA_FLAGS` names them.
@@ -91,8 +92,16 @@ def environment_of(case: Case) -> dict[str, str]:
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     options = [f"--{name}={_text(value)}" for name, value in case.options.items()]
     flags = " ".join((*FLAGS, *options, os.environ.get("XLA_FLAGS", "")))
-    # Other cases wait on the same GPUs: memory is taken as it is needed.
-    return {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | case.variables
+    precise = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"} if case.model == "exact" else {}
+    return {
+        "XLA_FLAGS": flags,
+        # Other cases wait on the same GPUs: memory is taken as it is needed. What is taken doubles
+        # each time, so that the large model needs the limit raised.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+        **precise,
+        **case.variables,
+    }
 
 
 def _text(value: Any) -> str:
@@ -131,9 +140,13 @@ def cases(
     """What is run, in this order."""
     small, large = ("tiny", "tiny") if tiny else ("small", "large")
     todo: list[Case] = []
-    for stage in stages:
-        if "small" in parts:
-            todo += [Case(small, stage, mesh, steps=steps) for mesh in ("one", *meshes)]
+    for part, model in (("exact", "exact"), ("small", small)):
+        if part in parts and (model, tiny) != ("exact", True):
+            todo += [
+                Case(model, stage, mesh, steps=steps)
+                for stage in stages
+                for mesh in ("one", *meshes)
+            ]
     if "checkpoint" in parts:
         todo.append(Case(small, "warmup", "resumed"))
     for stage in stages:
@@ -298,7 +311,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.two_gpus", description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiny", action="store_true", help="two CPU devices, tiny models")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:3])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:4])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--meshes", nargs="+", choices=MESHES, default=MESHES)
     parser.add_argument("--steps", type=int, default=4, help="of each case, the first untimed")

@@ -52,7 +52,7 @@ def test_a_case_that_fails_says_why(tmp_path):
 def test_every_case_is_there_once_and_one_gpu_comes_first():
     todo = cases(PARTS, ("sparse", "warmup"), ("fsdp 2", "context 2"), tiny=False, steps=4)
     names = [case.name for case in todo]
-    assert len(set(names)) == len(names) == 6 + 1 + 4 + 2 * len(OVERLAP)
+    assert len(set(names)) == len(names) == 6 + 6 + 1 + 4 + 2 * len(OVERLAP)
     assert names.index("small warmup one") < names.index("small warmup context 2")
     # Each set of options differs from that of the scheduler alone by what it is named for.
     options = [tuple(case.options.items()) for case in todo if case.label and "fsdp" in case.mesh]

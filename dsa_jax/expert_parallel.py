@@ -9,8 +9,8 @@ travel in rounds: in each, a device sends any other at most `quota` rows, and th
 rounds as the fullest pair of devices needs. One does where routing is balanced; nothing is ever
 dropped, whatever the routing, and memory is bounded by the quota.
 
-On a GPU `jax.lax.ragged_all_to_all` moves only the rows there are. On a CPU, which lacks it, an
-`all_to_all` of full quotas does the same.
+An `all_to_all` of full quotas moves them. `jax.lax.ragged_all_to_all` would move only the rows that
+there are, but does not return on two GPUs (`RAGGED`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ from pallas_kernels.tiling import vary_like
 # Rows that a device has room for in a round, times those it would get if routing were even. More
 # takes memory, less takes rounds. With up to as many devices as this there is one round always.
 ROOM = 2.0
+
+# Whether a GPU moves only the rows there are, half of a quota where routing is even. Off: with jax
+# 0.11.2 and two H200s in one process the step hung in its first `ragged_all_to_all`.
+RAGGED = False
 
 Axes = tuple[str, ...]
 Apply = Callable[[Any, Array, Array, Array], Array]
@@ -141,7 +145,7 @@ def exchange(
 ) -> Array:
     """Sends each device a run of `rows`; what comes is written over `into`.
 
-    As `jax.lax.ragged_all_to_all`, which it is where there is one.
+    As `jax.lax.ragged_all_to_all`, which it is on a GPU if `RAGGED` says so.
 
     Args:
         rows: `[R, ...]`.
@@ -155,6 +159,8 @@ def exchange(
     ragged = functools.partial(lax.ragged_all_to_all, axis_name=axes)
     padded = functools.partial(_padded_exchange, axes=axes, quota=quota)
     arguments = vary_like((rows, into, first, send, there, receive), (rows, into))
+    if not RAGGED:
+        return padded(*arguments)
     return lax.platform_dependent(*arguments, cpu=padded, default=ragged)
 
 

@@ -39,9 +39,12 @@ def _heads_letters(heads: IndexerHeads) -> IndexerHeads:
     return IndexerHeads("B T _ _", "B T _", "B T _", scale)  # pyright: ignore[reportArgumentType]
 
 
-def _keys(rules: Rules) -> Callable[[Array], Array]:
-    """What makes a device's keys all keys."""
-    return functools.partial(all_keys, axes=axes_of(rules, "T"), devices=order_of(rules))
+def _keys(rules: Rules, learning: bool = False) -> Callable[[Array], Array]:
+    """What makes a device's keys all keys; `learning` ones have their gradient from an op, in fp32
+    until it is summed over devices."""
+    devices = order_of(rules)
+    wide = learning and devices > 1
+    return functools.partial(all_keys, axes=axes_of(rules, "T"), devices=devices, wide=wide)
 
 
 def _heads_split(rules: Rules) -> Callable[[Array], PartitionSpec]:
@@ -102,7 +105,7 @@ def sparse_attention(
     rules: Rules,
 ) -> tuple[Float[Array, "B T N C"], Float32[Array, "B T N"]]:
     """Attention over selected keys; as `pallas_kernels.sparse_attention`."""
-    keys = _keys(rules)
+    keys = _keys(rules, learning=True)
 
     def local(q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
         return ops.sparse_attention(
@@ -185,13 +188,14 @@ def indexer_kl_dense_loss(
     """The warm-up loss of all tokens; as `pallas_kernels.indexer_kl_dense_loss`."""
     deal, heads_split = deal_queries(rules), _heads_split(rules)
     rules = by_query(rules)
-    keys, over = _keys(rules), axes_of(rules, "B") + axes_of(rules, "T")
+    keys, learning = _keys(rules), _keys(rules, learning=True)
+    over = axes_of(rules, "B") + axes_of(rules, "T")
 
     def local(heads: IndexerHeads, q, kv, up, lse, ranges, row_weights) -> Array:
         q, lse = deal(q), deal(lse)
         # Expanded once more: the compiler finds that attention has done so already.
         k, _ = per_head(up, keys(kv), q)
-        ik = keys(heads.k)
+        ik = learning(heads.k)
         loss = ops.indexer_kl_dense_loss(
             heads.q, ik, heads.w, q, k, lse, ranges, row_weights, scale=scale
         )
@@ -217,10 +221,10 @@ def indexer_kl_sparse(
     """The loss of the sparse stage, per query; as `pallas_kernels.indexer_kl_sparse`."""
     deal, heads_split = deal_queries(rules), _heads_split(rules)
     rules = by_query(rules)
-    keys = _keys(rules)
+    keys, learning = _keys(rules), _keys(rules, learning=True)
 
     def local(heads: IndexerHeads, q, kv, lse, indices) -> Array:
-        ik, kv, q, lse = keys(heads.k), keys(kv), deal(q), deal(lse)
+        ik, kv, q, lse = learning(heads.k), keys(kv), deal(q), deal(lse)
         return ops.indexer_kl_sparse(
             heads.q, ik, heads.w, q, kv, lse, Selection(indices), scale=scale
         )

@@ -38,7 +38,7 @@ from dsa_jax.norms import RMSNorm
 from dsa_jax.quantization import round_trip
 from dsa_jax.rope import Rotation, rotate
 from dsa_jax.sharding import Rules
-from dsa_jax.spread import gathered, mesh_sizes, pinned
+from dsa_jax.spread import gathered, mesh_sizes, pinned, whole
 from pallas_kernels import KeyRange, Selection
 
 Attention = Literal["dense", "sparse", "masked"]
@@ -249,7 +249,8 @@ class MLA(nnx.Module):
             if index is not None:
                 index = index._replace(k=cache.index_k, k_scale=cache.index_k_scale)
 
-        w_uk, w_uv = self._up_projections()
+        up = gathered(self.kv_b_proj, self.rules, self.dtype, "self_attn/kv_b_proj/")
+        w_uk, w_uv = self._up_projections(up)
         q_abs = absorb_query(q, w_uk)  # dead code, and so free, where nothing below reads it
         state = _state(layer, q_abs, kv, c.softmax_scale, index, rows.ranges)
         selection = self._select(state, index, mode, shared) if mode.select else None
@@ -262,16 +263,16 @@ class MLA(nnx.Module):
             out = by_head(latent, jnp.moveaxis(w_uv, 0, 1))
         elif mode.attention == "dense":
             out, lse = dense_attention(
-                q, kv, self.kv_b_proj, rows.ranges, scale=c.softmax_scale, rules=self.rules
+                q, kv, up, rows.ranges, scale=c.softmax_scale, rules=self.rules
             )
         else:
             assert selection is not None
-            k, v = per_head(self.kv_b_proj, kv, q)
+            k, v = per_head(up, kv, q)
             out, lse = masked_attention(q, k, v, selection, scale=c.softmax_scale)
 
         kl = None
         if mode.indexer_loss == "dense":
-            kl = self._loss(dense_loss, tokens, (q, kv, self.kv_b_proj, lse), rows.ranges)
+            kl = self._loss(dense_loss, tokens, (q, kv, up, lse), rows.ranges)
         elif mode.indexer_loss == "sparse":
             kl = self._loss(sparse_loss, tokens, (q_abs, kv, lse), rows.ranges, selection)
         probe = None
@@ -299,11 +300,18 @@ class MLA(nnx.Module):
             latent = round_trip(latent, 128, c.numerics.scale_format)
         return jnp.concatenate([latent, rotate(rope, turn, interleaved=True)], axis=-1)
 
-    def _up_projections(self) -> tuple[Float[Array, "C N P"], Float[Array, "C N V"]]:
-        """W_UK and W_UV: with FP8 weights the absorbed modes read them in the compute dtype."""
+    def _up_projections(self, up: Linear) -> tuple[Float[Array, "C N P"], Float[Array, "C N V"]]:
+        """W_UK and W_UV: with FP8 weights the absorbed modes read them in the compute dtype.
+
+        Args:
+            up: `kv_b_proj`, whole, which FP8 weights are read from.
+        """
         c = self.config
-        w = self.kv_b_proj.dequantized().reshape(c.kv_lora_rank, c.num_attention_heads, -1)
-        return w[..., : c.qk_nope_head_dim], w[..., c.qk_nope_head_dim :]
+        w = (self.kv_b_proj if up.fp8 is None else up).dequantized()
+        w = w.reshape(c.kv_lora_rank, c.num_attention_heads, -1)
+        # Each gathered by itself: a gradient is cut as it is summed only where a product made it.
+        w_uk = whole(w[..., : c.qk_nope_head_dim], self.rules, "C N _")
+        return w_uk, whole(w[..., c.qk_nope_head_dim :], self.rules, "C N _")
 
     def _select(
         self,
@@ -329,8 +337,8 @@ class MLA(nnx.Module):
         if self.indexer is None:
             return jnp.float32(0)
         c = self.config
-        whole = functools.partial(gathered, rules=self.rules, dtype=self.dtype, within="indexer/")
-        options = LossOptions(c.numerics, c.softmax_scale, self.rules, whole)
+        gather = functools.partial(gathered, rules=self.rules, dtype=self.dtype, within="indexer/")
+        options = LossOptions(c.numerics, c.softmax_scale, self.rules, gather)
         return loss(self.indexer, tokens, target, *selected, options)
 
 

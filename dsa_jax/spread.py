@@ -133,8 +133,8 @@ def gathered(module: Any, rules: Rules, dtype: DTypeLike, within: str = "") -> A
     """The module with its weights whole along the axes that only store them.
 
     Matrices are rounded to the compute dtype before they travel, so bf16 costs half of fp32; their
-    gradients come back cut. Experts and a layer's indexer are left: each is gathered where it is
-    used.
+    gradients come back cut. Experts, a layer's indexer and the up-projection of its latents are
+    left: each is gathered where it is used.
 
     Args:
         module: any part of the model.
@@ -144,19 +144,30 @@ def gathered(module: Any, rules: Rules, dtype: DTypeLike, within: str = "") -> A
     """
     if not mesh_sizes():
         return module
-    whole = dataclasses.replace(rules, **dict.fromkeys(_STORED))
 
     def leaf(path: Any, w: Array) -> Array:
         name = path_name(path)
-        if f"/{name}".find("/indexer/") >= 0 or f"/{name}".find("/experts/") >= 0:
+        if any(part in f"/{name}" for part in ("/indexer/", "/experts/", "/kv_b_proj/")):
             return w
         letters = letters_of(within + name)
         multiplies = len(letters.replace(" ", "")) == 2 and "weights_proj" not in name
         if multiplies and "gate/weight" not in name and w.dtype in (jnp.float32, jnp.bfloat16):
             w = w.astype(dtype)
-        return _whole(w, spec(whole, letters), spec(rules, letters))
+        return whole(w, rules, letters)
 
     return jax.tree_util.tree_map_with_path(leaf, module)
+
+
+def whole(w: Array, rules: Rules, letters: str) -> Array:
+    """A weight, whole along the axes that only store it; its gradient comes back cut.
+
+    To be called on what enters a product: where the partitioner meets anything but a cut behind
+    the sum over devices, such as two gradients side by side, it sums them whole.
+    """
+    if not mesh_sizes():
+        return w
+    used = dataclasses.replace(rules, **dict.fromkeys(_STORED))
+    return _whole(w, spec(used, letters), spec(rules, letters))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -236,7 +247,7 @@ def from_zigzag(x: Array, devices: int) -> Array:
     return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1).reshape(x.shape)
 
 
-def all_keys(x: Array, axes: Axes, devices: int) -> Array:
+def all_keys(x: Array, axes: Axes, devices: int, wide: bool = False) -> Array:
     """Keys of all devices, `[B, S, ...]` in natural order, from each device's own.
 
     To be called inside `per_device`. The gradient is summed over the devices in fp32, whatever
@@ -246,24 +257,28 @@ def all_keys(x: Array, axes: Axes, devices: int) -> Array:
         x: this device's two chunks.
         axes: over which keys are dealt out; empty: x has all.
         devices: for how many tokens are in zig-zag order: `order_of(rules)`.
+        wide: keys in fp32, for an op that rounds them and leaves their gradient in fp32. They
+            travel as they are, and two conversions are none.
     """
     if axes:
-        x = _gather_keys(x, axes)
+        x = _gather_keys(x, axes, jnp.dtype(jnp.float32) if wide else x.dtype, x.dtype)
+    elif wide:
+        x = x.astype(jnp.float32)
     return from_zigzag(x, devices) if devices > 1 else x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather_keys(x: Array, axes: Axes) -> Any:
-    return lax.all_gather(x, axes, axis=1, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_keys(x: Array, axes: Axes, dtype: jnp.dtype, narrow: jnp.dtype) -> Any:
+    return lax.all_gather(x, axes, axis=1, tiled=True).astype(dtype)
 
 
-def _gather_keys_forward(x, axes):
-    return _gather_keys(x, axes), None
+def _gather_keys_forward(x, axes, dtype, narrow):
+    return _gather_keys(x, axes, dtype, narrow), None
 
 
-def _gather_keys_backward(axes, _, g):
-    wide = g.astype(jnp.float32)
-    return (lax.psum_scatter(wide, axes, scatter_dimension=1, tiled=True).astype(g.dtype),)
+def _gather_keys_backward(axes, dtype, narrow, _, g):
+    g = g.astype(jnp.float32)
+    return (lax.psum_scatter(g, axes, scatter_dimension=1, tiled=True).astype(narrow),)
 
 
 _gather_keys.defvjp(_gather_keys_forward, _gather_keys_backward)

@@ -196,6 +196,8 @@ class Transformer(nnx.Module):
                 the selected ones, with the other two.
             selector: replaces the indexer's choice; also lets a dense model run sparse.
             probe: evaluated in every layer; what it returns must have one structure throughout.
+                With a sequence cut over devices its tokens are in the devices' order, so there it
+                must have an attribute `any_order = True` to say that this does not matter.
             return_selection: whether to return the selected keys.
 
         Raises:
@@ -398,12 +400,13 @@ def _check_context(mode: Mode, cache: Cache | None) -> None:
     for name, given in (
         ("cache", cache is not None),
         ("selector", mode.selector is not None),
-        ("probe", mode.probe is not None),
+        ("probe", mode.probe is not None and not getattr(mode.probe, "any_order", False)),
         ("attention='masked'", mode.attention == "masked"),
     ):
         if given:
             raise ValueError(
-                f"{name} does not run with a sequence cut over devices; set mesh.context=1"
+                f"{name} does not run with a sequence cut over devices; set mesh.context=1 and "
+                "mesh.tensor=1"
             )
 
 

@@ -74,6 +74,15 @@ def dtype(op: str, allowed: tuple, **arrays: jax.Array) -> None:
             )
 
 
+def keys_dtype(op: str, queries: tuple[str, jax.Array], keys: tuple[str, jax.Array]) -> None:
+    """Checks that keys have the queries' dtype, or fp32 for the sake of their gradient."""
+    (name, q), (other, k) = queries, keys
+    if getattr(k, "dtype", None) == jnp.float32:
+        dtype(op, FLOATS, **{name: q})
+    else:
+        dtype(op, FLOATS, **{name: q, other: k})
+
+
 def ranges(op: str, value: KeyRange) -> None:
     """Checks the type and dtype of a key range (`shapes` checks its shape)."""
     if not isinstance(value, KeyRange):

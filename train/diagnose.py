@@ -33,6 +33,9 @@ def _finite(state: AttentionState) -> Bool[Array, " 2"]:
     return jnp.stack([_all_finite(state.q, state.kv), _all_finite(*indexer)])
 
 
+_finite.any_order = True  # pyright: ignore  # the order of tokens is that of the devices
+
+
 def _all_finite(*arrays: Array | None) -> Bool[Array, ""]:
     found = [jnp.isfinite(x.astype(jnp.float32)).all() for x in arrays if x is not None]
     return jnp.all(jnp.array(found)) if found else jnp.array(True)

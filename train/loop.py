@@ -22,6 +22,7 @@ from train.checkpoints import Checkpoints, RunRecord
 from train.config import TrainConfig, flat_dict, to_dict
 from train.data import Batch, DataPosition
 from train.lock import Lock
+from train.overlap import compiler_options
 from train.signals import StopRequest
 from train.sources import Corpus, open_corpus
 from train.start import Plan, Start, plan, start
@@ -64,6 +65,7 @@ def jit_step(run: Plan) -> Any:
     return jax.jit(
         make_step(run.config, run.skeleton, run.optimizer),
         donate_argnums=0,
+        compiler_options=compiler_options(run.mesh),
         # Metrics are whole on every process, so that one can read them alone.
         out_shardings=(
             jax.tree.map(lambda x: x.sharding, run.state),

@@ -54,7 +54,8 @@ def indexer_kl_dense(
 
     Args:
         iq: indexer queries, bf16 or fp32.
-        ik: indexer keys; dtype of iq.
+        ik: indexer keys; dtype of iq, or fp32 beside iq in bf16: they are rounded to iq's dtype
+            first, and their gradient is not, so that it can be added up further.
         iw: head weights of the indexer, of either sign.
         q: queries of `dense_attention`, detached.
         k: keys of `dense_attention`, detached; dtype of q.
@@ -148,7 +149,8 @@ def indexer_kl_sparse(
 
     Args:
         iq: indexer queries, bf16 or fp32.
-        ik: indexer keys; dtype of iq.
+        ik: indexer keys; dtype of iq, or fp32 beside iq in bf16: they are rounded to iq's dtype
+            first, and their gradient is not, so that it can be added up further.
         iw: head weights of the indexer, of either sign.
         q: absorbed queries of `sparse_attention`, detached.
         kv: its keys, detached; dtype of q.
@@ -178,8 +180,8 @@ def indexer_kl_sparse(
     checks.shapes(op, arrays)
     _check_indexer(op, iq, ik, iw, lse)
     checks.dtype(op, checks.FLOATS, q=q, kv=kv)
-    unsupported = sparse_sm90.unsupported(iq, ik, q, kv)
-    config = _config(op, scale, workspace_bytes, implementation, unsupported)
+    unsupported = sparse_sm90.unsupported(iq, _rounded(ik, iq), q, kv)
+    config = _config(op, scale, workspace_bytes, implementation, unsupported, ik)
     arguments = (iq, ik, iw, *jax.lax.stop_gradient((q, kv, lse)), selection.indices)
     return _sparse(*vary_like(arguments, arguments), config)
 
@@ -188,13 +190,20 @@ class _Config(NamedTuple):
     scale: float
     workspace_bytes: int
     implementation: str
+    dik_dtype: jnp.dtype
 
 
-def _config(op, scale, workspace_bytes, implementation, unsupported) -> _Config:
+def _rounded(ik, iq):
+    """Keys as they enter products: an argument in fp32 is there for its gradient."""
+    return ik.astype(iq.dtype)
+
+
+def _config(op, scale, workspace_bytes, implementation, unsupported, ik) -> _Config:
     return _Config(
         scale=checks.scale(op, scale),
         workspace_bytes=checks.positive_int(op, "workspace_bytes", workspace_bytes),
         implementation=choose(op, implementation, unsupported),
+        dik_dtype=jnp.dtype(ik.dtype),
     )
 
 
@@ -209,8 +218,8 @@ def _check_dense(op, iq, ik, iw, q, k, lse, ranges, scale, workspace_bytes, impl
     checks.shapes(op, {**arrays, **checks.range_shapes(ranges)})
     _check_indexer(op, iq, ik, iw, lse)
     checks.dtype(op, checks.FLOATS, q=q, k=k)
-    unsupported = dense_sm90.unsupported(iq, ik, q, k)
-    return _config(op, scale, workspace_bytes, implementation, unsupported)
+    unsupported = dense_sm90.unsupported(iq, _rounded(ik, iq), q, k)
+    return _config(op, scale, workspace_bytes, implementation, unsupported, ik)
 
 
 def _indexer_shapes(iq, ik, iw):
@@ -218,28 +227,25 @@ def _indexer_shapes(iq, ik, iw):
 
 
 def _check_indexer(op, iq, ik, iw, lse):
-    checks.dtype(op, checks.FLOATS, iq=iq, ik=ik)
+    checks.keys_dtype(op, ("iq", iq), ("ik", ik))
     checks.dtype(op, (jnp.float32,), iw=iw)
     checks.dtype(op, (jnp.float32,), lse=lse)
 
 
 def _run_dense(iq, ik, iw, q, k, lse, ranges, config: _Config):
     forward, _ = _DENSE[config.implementation]
-    kl = forward(
-        iq, ik, iw, q, k, lse, ranges, scale=config.scale, workspace_bytes=config.workspace_bytes
-    )
+    kl = forward(iq, _rounded(ik, iq), iw, q, k, lse, ranges, **_options(config))
     return vary_like(kl, (iq, ik, iw, q, k))  # kernels do not say that they do
 
 
 def _dense_forward(iq, ik, iw, q, k, lse, ranges, config):
-    return _run_dense(iq, ik, iw, q, k, lse, ranges, config), (iq, ik, iw, q, k, lse, ranges)
+    kl = _run_dense(iq, ik, iw, q, k, lse, ranges, config)
+    return kl, (iq, _rounded(ik, iq), iw, q, k, lse, ranges)
 
 
 def _dense_backward(config, residuals, g):
     _, backward = _DENSE[config.implementation]
-    diq, dik, diw = backward(
-        *residuals, g, scale=config.scale, workspace_bytes=config.workspace_bytes
-    )
+    diq, dik, diw = backward(*residuals, g, **_options(config), dik_dtype=config.dik_dtype)
     return *vary_like((diq, dik, diw), residuals), None, None, None, None
 
 
@@ -254,8 +260,8 @@ def _run_dense_loss(iq, ik, iw, q, k, lse, ranges, row_weights, config: _Config)
 def _dense_loss_forward(iq, ik, iw, q, k, lse, ranges, row_weights, config):
     run = _DENSE_AT_ONCE[config.implementation]
     kl, gradient = run(
-        iq, ik, iw, q, k, lse, ranges, row_weights,
-        scale=config.scale, workspace_bytes=config.workspace_bytes,
+        iq, _rounded(ik, iq), iw, q, k, lse, ranges, row_weights,
+        **_options(config), dik_dtype=config.dik_dtype,
     )  # fmt: skip
     kl, gradient = vary_like((kl, tuple(gradient)), (iq, ik, iw, q, k))
     return (row_weights * kl).sum(), gradient
@@ -276,17 +282,17 @@ def _options(config: _Config):
 
 def _run_sparse(iq, ik, iw, q, kv, lse, indices, config: _Config):
     run = _SPARSE[config.implementation]
-    return run(iq, ik, iw, q, kv, lse, indices, **_options(config))
+    return run(iq, _rounded(ik, iq), iw, q, kv, lse, indices, **_options(config))
 
 
 def _sparse_forward(iq, ik, iw, q, kv, lse, indices, config):
     run, _ = _SPARSE_GRADIENT[config.implementation]
-    return run(iq, ik, iw, q, kv, lse, indices, **_options(config))
+    return run(iq, _rounded(ik, iq), iw, q, kv, lse, indices, **_options(config))
 
 
 def _sparse_backward(config, residuals, g):
     _, backward = _SPARSE_GRADIENT[config.implementation]
-    diq, dik, diw = backward(residuals, g, **_options(config))
+    diq, dik, diw = backward(residuals, g, **_options(config), dik_dtype=config.dik_dtype)
     return diq, dik, diw, None, None, None, None
 
 

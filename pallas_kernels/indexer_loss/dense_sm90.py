@@ -56,15 +56,18 @@ def forward(iq, ik, iw, q, k, lse, ranges: KeyRange, *, scale: float, workspace_
     return run(iq, ik, iw, q, k, lse, ranges, None, scale=scale, workspace_bytes=workspace_bytes)[0]
 
 
-def backward(iq, ik, iw, q, k, lse, ranges: KeyRange, g, *, scale: float, workspace_bytes: int):
+def backward(iq, ik, iw, q, k, lse, ranges: KeyRange, g, **options):
     """Gradients of iq, ik and iw, by the signature of the reference."""
-    return run(iq, ik, iw, q, k, lse, ranges, g, scale=scale, workspace_bytes=workspace_bytes)[1]
+    return run(iq, ik, iw, q, k, lse, ranges, g, **options)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "ctas", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("scale", "workspace_bytes", "dik_dtype", "ctas", "interpret")
+)
 def run(
     iq, ik, iw, q, k, lse, ranges: KeyRange, g, *,
-    scale: float, workspace_bytes: int, ctas: int | None = None, interpret: Any = None,
+    scale: float, workspace_bytes: int, dik_dtype: Any = None,
+    ctas: int | None = None, interpret: Any = None,
 ):  # fmt: skip
     """`(kl [B, T], Gradient)`: of `sum(g * kl)`, or None where g is None.
 
@@ -73,12 +76,14 @@ def run(
         g: f32 `[B, T]`, the gradient of kl, or None.
         scale: the softmax scale of q and k.
         workspace_bytes: bound on a window's scores and their gradient.
+        dik_dtype: of the gradient of ik; None is that of ik. It is added up in fp32.
         ctas: how many share the scores; None for one an SM.
         interpret: parameters of the GPU interpreter, or None.
     """
     batch, queries = iq.shape[:2]
+    dik_dtype = dik_dtype or ik.dtype
     if 0 in (batch, queries, ik.shape[1]):
-        zeros = Gradient(*(jnp.zeros_like(x) for x in (iq, ik, iw)))
+        zeros = Gradient(jnp.zeros_like(iq), jnp.zeros_like(ik, dik_dtype), jnp.zeros_like(iw))
         return jnp.zeros((batch, queries), jnp.float32), None if g is None else zeros
     sizes = _sizes(iq, ik, q, g, scale, workspace_bytes, ctas, interpret)
     arrays = _arrays(iq, ik, iw, q, k, lse, ranges, g, sizes)
@@ -98,7 +103,7 @@ def run(
     if g is None:
         return kl, None
     diq, diw = results
-    return kl, Gradient(diq, dik[:, : ik.shape[1]].astype(ik.dtype), diw)
+    return kl, Gradient(diq, dik[:, : ik.shape[1]].astype(dik_dtype), diw)
 
 
 class _Sizes(NamedTuple):

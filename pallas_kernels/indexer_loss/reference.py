@@ -95,11 +95,12 @@ def dense_forward(iq, ik, iw, q, k, lse, ranges: KeyRange, *, scale: float, work
     return tiling.over_blocks(block, blocks, ik, (iq, iw, q, lse, ranges))[1]
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
+@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "dik_dtype"))
 def dense_backward(
-    iq, ik, iw, q, k, lse, ranges: KeyRange, g, *, scale: float, workspace_bytes: int
-):
-    """Gradients of iq, ik and iw, given that of `kl`."""
+    iq, ik, iw, q, k, lse, ranges: KeyRange, g, *,
+    scale: float, workspace_bytes: int, dik_dtype=None,
+):  # fmt: skip
+    """Gradients of iq, ik and iw, given that of `kl`; in their dtypes, or that of ik in another."""
     keys = k.shape[1]
     blocks = _dense_plan(iq, q, k, backward=True, workspace_bytes=workspace_bytes)
 
@@ -118,16 +119,17 @@ def dense_backward(
         ik,
         (iq, iw, q, lse, ranges, g),
         start=lambda ik: jnp.zeros(ik.shape, jnp.float32),
-        finish=lambda dik: dik.astype(ik.dtype),
+        finish=lambda dik: dik.astype(dik_dtype or ik.dtype),
     )
     return diq, dik, diw
 
 
-def dense_forward_and_backward(*arguments, scale: float, workspace_bytes: int):
+def dense_forward_and_backward(*arguments, scale: float, workspace_bytes: int, dik_dtype=None):
     """`(kl, gradients)`: both of the above, the gradients given that of `kl` last."""
     *inputs, g = arguments
     options = dict(scale=scale, workspace_bytes=workspace_bytes)
-    return dense_forward(*inputs, **options), dense_backward(*inputs, g, **options)
+    gradients = dense_backward(*inputs, g, **options, dik_dtype=dik_dtype)
+    return dense_forward(*inputs, **options), gradients
 
 
 def _sparse_plan(iq, ik, q, indices, *, backward, workspace_bytes):
@@ -166,9 +168,9 @@ def sparse_forward_for_backward(*inputs, scale: float, workspace_bytes: int):
     return sparse_forward(*inputs, scale=scale, workspace_bytes=workspace_bytes), inputs
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
-def sparse_backward(inputs, g, *, scale: float, workspace_bytes: int):
-    """Gradients of iq, ik and iw, given that of `kl`."""
+@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "dik_dtype"))
+def sparse_backward(inputs, g, *, scale: float, workspace_bytes: int, dik_dtype=None):
+    """Gradients of iq, ik and iw, given that of `kl`; in their dtypes, or that of ik in another."""
     iq, ik, iw, q, kv, lse, indices = inputs
     blocks = _sparse_plan(iq, ik, q, indices, backward=True, workspace_bytes=workspace_bytes)
 
@@ -188,6 +190,6 @@ def sparse_backward(inputs, g, *, scale: float, workspace_bytes: int):
         (ik, kv),
         (iq, iw, q, lse, indices, g),
         start=lambda own: jnp.zeros(own[0].shape, jnp.float32),
-        finish=lambda dik: dik.astype(ik.dtype),
+        finish=lambda dik: dik.astype(dik_dtype or ik.dtype),
     )
     return diq, dik, diw

@@ -130,23 +130,30 @@ def divergence(mass, scores, exists):
     return kl, jnp.where(exists, jnp.exp(log_q), 0.0) - p
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
-def backward(residuals: Residuals, g, *, scale: float = 0.0, workspace_bytes: int = 0):
-    """Gradients of iq, ik and iw, given that of `kl`."""
+@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "dik_dtype"))
+def backward(
+    residuals: Residuals, g, *, scale: float = 0.0, workspace_bytes: int = 0, dik_dtype: Any = None
+):
+    """Gradients of iq, ik and iw, given that of `kl`; in their dtypes, or that of ik in another."""
     del scale
     width, selected = residuals.ik.shape[2], residuals.indices.shape[2]
     window = max(workspace_bytes, WORKSPACE_BYTES) // (max(selected, 1) * (2 * width + 8))
     # Of one piece: a remat policy would part it in two, and the sum in place cannot be handed over.
-    return sequential_vmap(functools.partial(gradients, window=window))(residuals, g)
+    run = functools.partial(gradients, window=window, dik_dtype=dik_dtype)
+    return sequential_vmap(run)(residuals, g)
 
 
-def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret: Any = None):
+def gradients(
+    residuals: Residuals, g, *,
+    window: int, dik_dtype: Any = None, sms: int = 132, interpret: Any = None,
+):  # fmt: skip
     """The gradients, with at most so many queries in a window."""
     iq, ik, iw, indices, count, d = residuals
+    dik_dtype = dik_dtype or ik.dtype
     batch, queries, heads, width = iq.shape
     rows = ik.shape[1]
     if 0 in (*indices.shape, rows):
-        return jnp.zeros_like(iq), jnp.zeros_like(ik), jnp.zeros_like(iw)
+        return jnp.zeros_like(iq), jnp.zeros_like(ik, dik_dtype), jnp.zeros_like(iw)
     total = batch * queries
     d, indices = d.reshape(total, -1), indices.reshape(total, -1)
     arrays = iq.reshape(total, heads, width), ik.reshape(-1, width), iw.reshape(total, heads)
@@ -189,7 +196,7 @@ def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret
         x.reshape(-1, *like.shape[2:])[:total].reshape(like.shape)
         for x, like in zip(results, (iq, iw), strict=True)
     )
-    return diq, dik[: batch * rows].reshape(ik.shape).astype(ik.dtype), diw
+    return diq, dik[: batch * rows].reshape(ik.shape).astype(dik_dtype), diw
 
 
 def _lists(first, count, indices, interpret, **sizes):

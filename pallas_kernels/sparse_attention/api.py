@@ -52,7 +52,8 @@ def sparse_attention(
 
     Args:
         q: absorbed queries, bf16 or fp32.
-        kv: latent and rotary key of each position; dtype of q.
+        kv: latent and rotary key of each position; dtype of q, or fp32 beside a q in bf16: it is
+            rounded to q's dtype first, and its gradient is not, so that it can be added up further.
         selection: which keys each query attends to. Entries outside `0..S-1` are ignored.
         value_width: how many first columns of kv are the value: C.
         scale: factor of the dot products before the softmax.
@@ -82,16 +83,17 @@ def sparse_attention(
             "selection.indices": (selection.indices, "B T K"),
         },
     )
-    checks.dtype(op, checks.FLOATS, q=q, kv=kv)
+    checks.keys_dtype(op, ("q", q), ("kv", kv))
     value_width = checks.positive_int(op, "value_width", value_width, at_most=lengths["C+R"])
     scale = checks.scale(op, scale)
-    unsupported = forward_sm90.unsupported(q, kv, value_width=value_width)
+    unsupported = forward_sm90.unsupported(q, kv.astype(q.dtype), value_width=value_width)
     config = _Config(
         value_width=value_width,
         scale=scale,
         workspace_bytes=checks.positive_int(op, "workspace_bytes", workspace_bytes),
         implementation=choose(op, implementation, unsupported),
         keys_axis=keys_axis,
+        gradient=jnp.dtype(kv.dtype),
     )
     arguments = (q, kv, selection.indices)
     return _attend(*vary_like(arguments, arguments), config)
@@ -183,9 +185,11 @@ class _Config(NamedTuple):
     workspace_bytes: int
     implementation: str
     keys_axis: str | None = None
+    gradient: jnp.dtype | None = None  # of kv
 
 
-def _all_keys(kv, config: _Config):
+def _all_keys(q, kv, config: _Config):
+    kv = kv.astype(q.dtype)
     if config.keys_axis is None:
         return kv
     return jax.lax.all_gather(kv, config.keys_axis, axis=1, tiled=True)
@@ -195,7 +199,7 @@ def _run(q, kv, indices, config: _Config) -> tuple[jax.Array, jax.Array]:
     forward, _ = _ATTEND[config.implementation]
     results = forward(
         q,
-        _all_keys(kv, config),
+        _all_keys(q, kv, config),
         indices,
         value_width=config.value_width,
         scale=config.scale,
@@ -208,7 +212,7 @@ def _attend_forward(q, kv, indices, config):
     out, lse = _run(q, kv, indices, config)
     out = checkpoint_name(out, "sparse_attention.out")
     lse = checkpoint_name(lse, "sparse_attention.lse")
-    return (out, lse), (q, kv, indices, out, lse)
+    return (out, lse), (q, kv.astype(q.dtype), indices, out, lse)
 
 
 def _attend_backward(config, residuals, gradients):
@@ -216,16 +220,16 @@ def _attend_backward(config, residuals, gradients):
     q, kv, *others = residuals
     dq, dkv = backward(
         q,
-        _all_keys(kv, config),
+        _all_keys(q, kv, config),
         *others,
         *gradients,
         scale=config.scale,
         workspace_bytes=config.workspace_bytes,
-        dkv_dtype=kv.dtype if config.keys_axis is None else jnp.float32,
+        dkv_dtype=config.gradient if config.keys_axis is None else jnp.float32,
     )
     if config.keys_axis is not None:
         dkv = jax.lax.psum_scatter(dkv, config.keys_axis, scatter_dimension=1, tiled=True)
-    return dq, dkv.astype(kv.dtype), None
+    return dq, dkv.astype(config.gradient), None
 
 
 _attend = jax.custom_vjp(_run, nondiff_argnums=(3,))

@@ -62,8 +62,8 @@ def test_nothing_is_dropped(kind, room, monkeypatch):
         np.testing.assert_allclose(b, a, atol=2e-6)  # sums of eight terms in another order
 
 
-def test_exchange_is_the_ragged_one():
-    """The form of a CPU by hand, and that a GPU gets `ragged_all_to_all`."""
+def test_exchange_is_the_ragged_one(monkeypatch):
+    """Full quotas by hand, and that a GPU gets `ragged_all_to_all` if asked."""
     mesh = make_mesh(MeshConfig(context=2))
 
     def swap(rows, first, send, there, receive):
@@ -80,5 +80,12 @@ def test_exchange_is_the_ragged_one():
     )
     arguments = [jnp.asarray(n, jnp.int32).reshape(-1) for n in numbers]
     assert run(*arguments).reshape(2, 4).tolist() == [[1, 3, 4, 0], [2, 0, 0, 0]]
-    text = run.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert "ragged_all_to_all" in text
+
+    def of_a_gpu() -> str:
+        again = jax.jit(lambda *x: run(*x))
+        return again.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "ragged_all_to_all" not in of_a_gpu()
+    monkeypatch.setattr(expert_parallel, "RAGGED", True)
+    jax.clear_caches()
+    assert "ragged_all_to_all" in of_a_gpu()

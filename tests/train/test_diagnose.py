@@ -1,10 +1,12 @@
 """Each way a number can break is named with its layer."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import LENGTH, config, loud_params, packed
 
+from dsa_jax.sharding import MeshConfig, make_mesh
 from train import diagnose
 from train.optimizer import make_optimizer
 from train.stages import Stage
@@ -44,6 +46,12 @@ def case(factors):
 def test_first_break_is_named(name):
     factors, message = CASES[name]
     assert message in diagnose.locate(*case(factors))
+
+
+def test_first_break_is_named_where_sequences_are_cut():
+    factors, message = CASES["indexer"]
+    with jax.set_mesh(make_mesh(MeshConfig(context=2, tensor=2))):
+        assert message in diagnose.locate(*case(factors))
 
 
 def test_a_gradient_is_named_last(monkeypatch):

@@ -26,10 +26,12 @@ RNG = np.random.default_rng(1)
 # Lengths on both sides of topk, several documents a row, across chunks, padding, one empty row.
 DOCUMENTS = [RNG.integers(2, 96, n) for n in (32, 17, 5, 12, 9, 3, 27, 11, 13, 6, 18)]
 LAYOUT = [[0], [1, 2], [3, 4, 5], [6], [7, 8], [9, 10], []]
-# Compiling is what takes the time: each pair of axes once, here or in the two processes.
+# Compiling is what takes the time: each pair of axes once, here, in the two processes, or, data and
+# fsdp, in test_step.py.
 MESHES = [
     ({"data": 2, "expert": 2, "tensor": 2}, TWO_LAYERS),
-    ({"context": 4, "tensor": 2}, ONE_LAYER),
+    ({"fsdp": 2, "context": 2, "tensor": 2}, ONE_LAYER),
+    ({"data": 2, "context": 4}, ONE_LAYER),
 ]
 IN_TWO_PROCESSES = {"fsdp": 2, "expert": 2, "context": 2}
 
@@ -159,6 +161,10 @@ def test_two_processes_compute_what_one_device_does(tmp_path):
         (
             {"batch_size": 6, "mesh": MeshConfig(fsdp=2, expert=2)},
             r"6 sequences.*mesh.data x mesh.f",
+        ),
+        (
+            {"batch_size": 4, "mesh": MeshConfig(fsdp=8)},
+            r"batch_size=4 .*4 sequences at a time.*over 8 devices.*multiple of 8",
         ),
         (
             {"sequence_length": 20, "mesh": MeshConfig(context=4)},

@@ -1,5 +1,7 @@
 """Plans that compile: for eight CPU devices everywhere, for eight H100s with JAX's CUDA plugin."""
 
+import dataclasses
+
 import pytest
 
 from dsa_jax import presets
@@ -77,3 +79,19 @@ def test_the_gpus_need_the_plugin(monkeypatch):
         make(options, model=model)
     many = PlanOptions(devices=256, mesh=MeshConfig(expert=16, context=16))
     assert make(many).compiled is None, "hundreds of CPU devices are not compiled for"
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(not plugin_found(), reason="needs JAX's CUDA plugin")
+def test_gradients_of_weights_are_cut_as_they_are_summed():
+    """Reduce-scattered: an all-reduce would send twice as much and hold it whole."""
+    model = presets.get("tiny").replace(num_hidden_layers=1, first_k_dense_replace=1)
+    mesh = MeshConfig(fsdp=2, expert=2, context=2)
+    options, _ = small(mesh, compile="cuda")
+    options = dataclasses.replace(options, stage=Stage.SPARSE)
+    traffic = make(options, model=model).traffic
+    summed = {one.op: 0.0 for one in traffic}
+    for one in traffic:
+        summed[one.op] += one.bytes_sent
+    # What is left are norms, biases and numbers for the metrics.
+    assert summed["all-reduce"] < 0.1 * summed["reduce-scatter"], summed

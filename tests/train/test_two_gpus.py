@@ -1,0 +1,66 @@
+"""The benchmark of two GPUs, on two CPU devices, and its processes."""
+
+import sys
+
+import pytest
+
+from benchmarks.mesh_case import run
+from benchmarks.two_gpus import OVERLAP, PARTS, Case, Worker, cases, compare
+
+ANSWERS = """
+print('{"ready": 0.5}', flush=True)
+assert input() == "go"
+print("not JSON")
+print('{"row": {"losses": [3.0, 2.0], "step_ms": 4.0}}', flush=True)
+"""
+HANGS = """
+import faulthandler, signal, time
+faulthandler.register(signal.SIGUSR1)
+print('{"ready": 0.5}', flush=True)
+time.sleep(60)
+"""
+
+
+def worker(tmp_path, program):
+    return Worker(Case("tiny", "warmup", "one"), tmp_path / "log", (sys.executable, "-c", program))
+
+
+def test_a_case_has_its_turn(tmp_path):
+    case = worker(tmp_path, ANSWERS)
+    assert case.hear(20) == {"ready": 0.5}
+    row = case.turn(20)
+    assert row == {"losses": [3.0, 2.0], "step_ms": 4.0}
+    beside = compare(row, {"losses": [3.0, 2.5], "step_ms": 6.0})
+    assert beside["loss_differences"] == [0, pytest.approx(0.2)]
+    assert beside["scaling_efficiency"] == 0.75
+
+
+def test_a_case_that_hangs_says_where(tmp_path):
+    case = worker(tmp_path, HANGS)
+    assert case.hear(20) == {"ready": 0.5}
+    failed = case.turn(0.5)["failed"]
+    assert "silent for 0 s" in failed
+    assert "in <module>" in failed
+    assert case.process.returncode is not None
+
+
+def test_a_case_that_fails_says_why(tmp_path):
+    failed = worker(tmp_path, "raise SystemExit('no GPU')").hear(20)["row"]["failed"]
+    assert "ended with status 1: no GPU" in failed
+
+
+def test_every_case_is_there_once_and_one_gpu_comes_first():
+    todo = cases(PARTS, ("sparse", "warmup"), ("fsdp 2", "context 2"), tiny=False, steps=4)
+    names = [case.name for case in todo]
+    assert len(set(names)) == len(names) == 6 + 6 + 1 + 4 + 2 * len(OVERLAP)
+    assert names.index("small warmup one") < names.index("small warmup context 2")
+    # Each set of options differs from that of the scheduler alone by what it is named for.
+    options = [tuple(case.options.items()) for case in todo if case.label and "fsdp" in case.mesh]
+    assert len(set(options)) == len(OVERLAP)
+
+
+def test_what_is_saved_on_two_devices_goes_on_on_one():
+    row = run(Case("tiny", "warmup", "resumed"))
+    assert row["bit_equal"]
+    # bf16 products of halves of a batch; a state that was not restored starts from another KL.
+    assert row["relative_difference"] < 1e-4, row

@@ -1,4 +1,4 @@
-"""Which pairs of a query and a selected key belong to which keys: what `sum_rows_sm90` goes by."""
+"""Which pairs of a query and a selected key belong to which keys: what sums of rows go by."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ fourth warpgroup, ADDER, that adds rows up (`hopper.add_rows`): it waits for the
 others leave idle, and needs nothing else but registers.
 
 SMEM at 576 columns: 8 x 24,576 of ring, 2 x 2 x 8,192 of P and dS on their way out, 2,048 of
-indices. Registers of a thread: SCORES 208, VALUES 192, LOADER 24,
-ADDER 88.
+indices. Registers of a thread there: SCORES 208, VALUES 192, LOADER 24, ADDER 88.
 """
 
 from __future__ import annotations
@@ -36,8 +35,14 @@ from pallas_kernels.sparse_attention.weights_sm90 import (
 )
 
 ADDER = 3
-_REGISTERS = {SCORES: 208, VALUES: 192, LOADER: 24, ADDER: 88}
 _DEPTH = 18  # rows that a warp of ADDER has on their way
+
+
+def _registers(adder: Adder) -> dict[int, int]:
+    """Of a thread. Narrower shares leave some free, but a tile then has more parts."""
+    if adder.share == 192:
+        return {SCORES: 208, VALUES: 192, LOADER: 24, ADDER: 88}
+    return {SCORES: 208, VALUES: 200, LOADER: 32, ADDER: 72}
 
 
 def _kernel(first, *refs, plan: weights_sm90.Plan, adder: Adder, **shared):
@@ -58,7 +63,7 @@ def _kernel(first, *refs, plan: weights_sm90.Plan, adder: Adder, **shared):
         else:
             adder.add(lax.axis_index("cluster") * plan.cluster + lax.axis_index("half"), *listed)
 
-    for number, registers in _REGISTERS.items():
+    for number, registers in _registers(adder).items():
 
         @pl.when(role == number)
         def _(number=number, registers=registers):

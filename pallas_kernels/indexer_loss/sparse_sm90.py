@@ -3,6 +3,7 @@
     sparse_pairs_sm90      of every query and selected key the attention's mass and the score
     here, in XLA           kl, and d = softmax(score) - p
     sparse_gradient_sm90   from g d the gradients of iq and iw, and a row for every pair
+    sparse_lists_sm90      which pairs belong to which keys
     sparse_sums_sm90       dik: the rows of each key added up in fp32, in the order of the queries
 
 The forward keeps d, as large as the selection, for the backward: so the target, which costs most,
@@ -172,15 +173,9 @@ def gradients(
             window=window, queries=queries, rows=rows, sms=sms, interpret=interpret,
         )  # fmt: skip
         lists = _lists(
-            start,
-            count.reshape(total),
-            indices,
-            interpret,
-            window=window,
-            queries=queries,
-            rows=rows,
-            blocks=blocks,
-        )
+            start, count.reshape(total), indices, interpret,
+            window=window, queries=queries, rows=rows, blocks=blocks,
+        )  # fmt: skip
         added = added.reshape(-1, width)
         sparse_sums_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
         return diq, diw
@@ -214,7 +209,7 @@ def _in_order(indices, rows: int):
     inside = (indices >= 0) & (indices < rows)
     keys = jnp.where(inside, indices, rows)
     before = lax.pad(keys, jnp.int32(0), ((0, 0, 0), (0, 0, 0), (1, -1, 0)))
-    rises = jnp.all(jnp.all(keys >= before, axis=-1))  # row by row, like the count: in one pass
+    rises = jnp.all(keys >= before)
     count = inside.sum(axis=-1, dtype=jnp.int32)
     in_order = lax.cond(rises, lambda x: x, lambda x: lax.sort(x, dimension=2), keys)
     return vary_like((in_order, count), indices)

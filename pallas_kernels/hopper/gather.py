@@ -114,6 +114,7 @@ def gather_rows(
     first_column: int,
     columns: tuple[int, int],
     arrive: bool,
+    shift: int = 0,
 ) -> None:
     """Starts `tile[r, c] = table[first_row + indices[r], first_column + c]` for some columns c.
 
@@ -131,9 +132,10 @@ def gather_rows(
         first_column: of the table, a multiple of 64.
         columns: start and stop, multiples of 64.
         arrive: whether what this warpgroup has started so far is all that belongs to the slot.
+        shift: how many low bits of `indices` say something else.
     """
     if landing.interpret:
-        _gather_rows_twin(table, indices, tile, first_row, rows, first_column, columns)
+        _gather_rows_twin(table, indices, tile, first_row, rows, first_column, columns, shift)
         if arrive:
             plgpu.barrier_arrive(landing.ref.at[slot])
         return
@@ -177,6 +179,8 @@ def gather_rows(
             at = arith.addi(row, word(16 * step))
             wanted.append(memref.load(indices, [arith.index_cast(ir.IndexType.get(), at)]))
         for step, index in enumerate(wanted):
+            if shift:
+                index = arith.shrsi(index, word(shift))
             inside = arith.cmpi(arith.CmpIPredicate.ult, index, word(rows))
             index = arith.select(inside, index, word(0))
             size = arith.select(inside, word(16), word(0))  # 0 reads nothing and writes zeros
@@ -203,11 +207,11 @@ def gather_rows(
     emit(table, indices, tile, landing.ref, slot, first_row)
 
 
-def _gather_rows_twin(table, indices, tile, first_row, rows, first_column, columns) -> None:
+def _gather_rows_twin(table, indices, tile, first_row, rows, first_column, columns, shift) -> None:
     start, stop = columns
 
     def copy(r, _):
-        index = indices[r]
+        index = lax.shift_right_arithmetic(indices[r], jnp.int32(shift))
         inside = (index >= 0) & (index < rows)
         number = first_row + jnp.where(inside, index, 0)
         values = table[number, first_column + start : first_column + stop]

@@ -3,7 +3,7 @@
 # pyright: reportPrivateImportUsage=false, reportReturnType=false
 """The gradient of the selected keys' indexer scores on Hopper, given that of the scores.
 
-    x[k, i]   = d[t, k] if iq[t, i] . ik[s] > 0 else 0                s = indices[t, k]
+    x[k, i]   = g[t] d[t, k] if iq[t, i] . ik[s] > 0 else 0                s = indices[t, k]
     u[i]      = sum_k x[k, i] ik[s]
     diq[t, i] = iw[t, i] u[i]             diw[t, i] = iq[t, i] . u[i]
     rows[t, k] = sum_i iw[t, i] x[k, i] iq[t, i]
@@ -16,9 +16,9 @@ selected key; the rows of a key are added up elsewhere. Three warpgroups:
 
 The products of one warpgroup run while the other masks, or writes out its rows.
 
-SMEM at H = 128: 2 x 3 x 16,384 of rings, and of each warpgroup 16,384 of iq, 8,192 of x and 16,384
-of rows on their way out. Registers of a thread: EVEN and ODD 232 (64 of u, 64 of rows, 32 of dot
-products), LOADER 40.
+SMEM at H = 128: 2 x 3 x 16,384 of rings, and of each warpgroup 16,384 of iq, 8,192 of x and 2 x
+16,384 of rows on their way out. Registers of a thread: EVEN and ODD 232 (64 of u, 64 of rows, 32 of
+dot products), LOADER 40.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import roles
 from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply, multiply_add
@@ -42,9 +43,8 @@ HEADS = 64  # I
 KEYS = 64  # of a tile
 SLOTS = 3  # of a ring
 INDEX_SLOTS = SLOTS + 1  # of each warpgroup: refilled when the rows of its last tile have landed
-EVEN, ODD, LOADER = range(3)
-_CONSUMERS = (EVEN, ODD)
-_REGISTERS = {EVEN: 232, ODD: 232, LOADER: 40}
+EVEN, ODD = _CONSUMERS = 0, 1
+_REGISTERS = 232, 232, 40  # of EVEN, ODD, LOADER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class _Shared:
     ring: Any  # bf16 [2 x SLOTS, 64, H]
     slopes: Any  # f32 [2 x SLOTS, 64]: d of the ring's keys
     masked: Any  # bf16 [2 x 64, 64]: x
-    out_tile: Any  # bf16 [2 x 64, H]: rows on their way out
+    out_tile: Any  # bf16 [2 x 2, 64, H]: rows on their way out
     picked: Any  # i32 [2 x INDEX_SLOTS + 1, 64]; the last row holds Landing's words
     picked_full: Any
     query_full: Any
@@ -159,16 +159,16 @@ def _load(plan: _Plan, first, ik, indices, d, tiles, s: _Shared):
         drain(s.freed[role], slot, filled, SLOTS)
 
 
-def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _Shared):
+def _multiply(plan: _Plan, role: int, first, iq, iw, g, tiles, rows, diq, diw, s: _Shared):
     """EVEN or ODD."""
     row, column = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
     mine = pl.ds(role * HEADS, HEADS)
-    own, masked, out_tile = s.query.at[mine], s.masked.at[mine], s.out_tile.at[mine]
+    own, masked = s.query.at[mine], s.masked.at[mine]
 
     def zeros(width):
         return plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), plgpu.Layout.WGMMA)
 
-    def tile(query, weight, j, carry):
+    def tile(query, weight, factor, j, carry):
         u, slot, phases = carry
         at = role * SLOTS + slot
         keys = s.ring.at[at]
@@ -176,13 +176,15 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _
         dots = multiply((KEYS, HEADS), [wait, (keys, own.T)], plan.interpret)
         plgpu.barrier_wait(s.full.at[at])
         slope = plgpu.load(s.slopes.at[at], layout=row, optimized=False)
-        x = jnp.where(dots > 0, lax.broadcast_in_dim(slope, dots.shape, [0]), 0.0)
+        slope = lax.broadcast_in_dim(slope * factor, dots.shape, [0])
+        x = jnp.where(dots > 0, slope, 0.0)
         masked[...] = x.astype(jnp.bfloat16)
         weighed = (x * lax.broadcast_in_dim(weight, x.shape, [1])).astype(jnp.bfloat16)
         plgpu.commit_smem()
         products = [Product(1, weighed, own), Product(0, masked.T, keys)]
         u, added = multiply_add([u, zeros(plan.width)], products, plan.interpret)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_tile = s.out_tile.at[2 * role + lax.rem(j, jnp.int32(2))]
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
         plgpu.barrier_arrive(s.freed[role].at[slot])
         out_tile[...] = added.astype(jnp.bfloat16)
@@ -197,7 +199,7 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _
         plgpu.copy_gmem_to_smem(iq.at[first + query], own, s.query_full.at[role])
         weight = plgpu.load(iw.at[first + query], layout=column, optimized=False)
         plgpu.barrier_wait(s.query_full.at[role])
-        body = functools.partial(tile, query, weight)
+        body = functools.partial(tile, query, weight, g[first + query])
         u, *carry = lax.fori_loop(0, tiles[first + query], body, (zeros(plan.width), *carry))
         weight = plgpu.load(iw.at[first + query], layout=row, optimized=False)
         value = plgpu.load(own, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
@@ -215,25 +217,9 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, tiles, rows, diq, diw, s: _
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(first, iq, ik, iw, d, indices, tiles, rows, diq, diw, *, plan: _Plan, **shared):
-    words = shared.pop("landed", shared["picked"])
-    landing = Landing(words, 4 * 2 * INDEX_SLOTS * KEYS, 2 * SLOTS, plan.interpret)
-    s = _Shared(**shared, landing=landing)
-    role = lax.axis_index("role")
-    start = first[0]
-    for number in (EVEN, ODD, LOADER):
-
-        @pl.when(role == number)
-        def _(number=number):
-            action = "decrease" if number == LOADER else "increase"
-            plgpu.set_max_registers(_REGISTERS[number], action=action)
-            if number == LOADER:
-                _load(plan, start, ik, indices, d, tiles, s)
-            else:
-                _multiply(plan, number, start, iq, iw, tiles, rows, diq, diw, s)
-
-
-def gradient(first, iq, ik, iw, d, indices, tiles, *, window, queries, rows, sms, interpret=None):
+def gradient(
+    first, iq, ik, iw, d, g, indices, tiles, *, window, queries, rows, sms, interpret=None
+):
     """`(rows bf16 [window, K, H], diq bf16 [window, 64, H], diw f32 [window, 64])` of a window.
 
     Rows are undefined in tiles without a key.
@@ -243,7 +229,8 @@ def gradient(first, iq, ik, iw, d, indices, tiles, *, window, queries, rows, sms
         iq: bf16 `[all queries, 64, H]`.
         ik: bf16 `[batch x S, H]`.
         iw: f32 `[all queries, 64]`.
-        d: f32 `[all queries, K]`, the gradient of the scores; 0 where no key is selected.
+        d: f32 `[all queries, K]`, the gradient of kl for the scores; 0 where no key is selected.
+        g: f32 `[all queries]`, the gradient of kl.
         indices: i32 `[all queries, K]`, K a multiple of 64.
         tiles: i32 `[all queries]`, how many tiles of 64 hold a key, at least 1.
         window: queries of the window; what lies past the last query is left as it is.
@@ -266,25 +253,30 @@ def gradient(first, iq, ik, iw, d, indices, tiles, *, window, queries, rows, sms
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
-    landed = {"landed": plgpu.Barrier(num_barriers=2 * SLOTS)} if plan.interpret else {}
+    def assign(first, iq, ik, iw, d, g, indices, tiles, rows, diq, diw, **shared):
+        s, start = _Shared(**shared), first[0]
+        multiply = functools.partial(_multiply, plan)
+        return (
+            lambda: multiply(EVEN, start, iq, iw, g, tiles, rows, diq, diw, s),
+            lambda: multiply(ODD, start, iq, iw, g, tiles, rows, diq, diw, s),
+            lambda: _load(plan, start, ik, indices, d, tiles, s),
+        )
 
-    def indexer_loss_gradient(*refs, **scratch):  # its name is the kernel's
-        _kernel(*refs, plan=plan, **scratch)
-
-    return plgpu.kernel(
-        indexer_loss_gradient,
+    return roles.kernel(
+        "indexer_loss_gradient",
+        assign,
+        _REGISTERS,
         out_type=[
             jax.ShapeDtypeStruct((window, indices.shape[1], width), jnp.bfloat16),
             jax.ShapeDtypeStruct((window, HEADS, width), jnp.bfloat16),
             jax.ShapeDtypeStruct((window, HEADS), jnp.float32),
         ],
         scratch_types={
-            **landed,
             "query": tile(2 * HEADS, width),
             "ring": tile(2 * SLOTS, KEYS, width),
             "slopes": plgpu.SMEM((2 * SLOTS, KEYS), jnp.float32),
             "masked": tile(2 * KEYS, HEADS),
-            "out_tile": tile(2 * KEYS, width),
+            "out_tile": tile(2 * 2, KEYS, width),
             "picked": plgpu.SMEM((2 * INDEX_SLOTS + 1, KEYS), jnp.int32),
             "picked_full": plgpu.Barrier(num_barriers=2 * INDEX_SLOTS),
             "query_full": plgpu.Barrier(num_barriers=2),
@@ -292,12 +284,7 @@ def gradient(first, iq, ik, iw, d, indices, tiles, *, window, queries, rows, sms
             "freed": [plgpu.Barrier(num_barriers=SLOTS) for _ in _CONSUMERS],
             "started": plgpu.Barrier(),
         },
-        grid=(plan.ctas,),
-        grid_names=("cta",),
-        num_threads=3,
-        thread_name="role",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        **({"interpret": interpret} if interpret is not None else {}),
-    )(first, iq, ik, iw, d, indices, tiles)
+        landing_slots=2 * SLOTS,
+        grid={"cta": plan.ctas},
+        interpret=interpret,
+    )(first, iq, ik, iw, d, g, indices, tiles)

@@ -32,6 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import roles
 from pallas_kernels.hopper.gather import Landing, gather_rows
 from pallas_kernels.hopper.tiles import LOG2E, SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
@@ -42,8 +43,8 @@ KEYS = 64  # of a tile
 PART = 128  # columns, at most
 SLOTS = 4  # of the ring, at most
 INDEX_SLOTS = 4
-EVEN, ODD, LOADER = range(3)
-_REGISTERS = {EVEN: 224, ODD: 224, LOADER: 56}
+EVEN, ODD = 0, 1
+_REGISTERS = 224, 224, 56  # of EVEN, ODD, LOADER
 
 
 class _Part(NamedTuple):
@@ -82,17 +83,30 @@ class _Plan:
         """Of the ring. No more than a tile: its loads then tell that indices before are read."""
         return min(SLOTS, len(self.parts))
 
-    def for_each_query(self, tiles, body, carry):
-        """`carry = body(query, its tiles, the tiles before, carry)` over this CTA's queries."""
+    def for_each_part(self, tiles, body, carry):
+        """`carry = body(query, first tile, how many, tiles before, carry)` over this CTA's share.
 
-        def step(query, state):
+        Parts are whole queries, as many for each CTA. Queries that are left are divided by tiles.
+        """
+        whole = self.total // self.ctas * self.ctas
+        left = self.total - whole
+        pieces = self.ctas // max(left, 1)
+
+        def step(number, state):
             before, carry = state
-            count = tiles[query]
-            return before + count, body(query, count, before, carry)
+            piece = jnp.maximum(number - whole, 0)
+            query = jnp.minimum(number, whole) + lax.div(piece, jnp.int32(pieces))
+            piece = lax.rem(piece, jnp.int32(pieces))
+            of = jnp.where(number < whole, 1, pieces)
+            first, end = (lax.div(tiles[query] * n, of) for n in (piece, piece + 1))
+            some = functools.partial(body, query, first, end - first, before)
+            carry = lax.cond(first < end, some, lambda carry: carry, carry)
+            return before + end - first, carry
 
         start = jnp.int32(0), carry
         mine = lax.axis_index("cta")
-        return strided_loop(self.total, step, start, mine=mine, ctas=self.ctas)[1]
+        total = jnp.int32(whole + left * pieces)
+        return strided_loop(total, step, start, mine=mine, ctas=self.ctas)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +140,9 @@ def _load(plan: _Plan, q, iq, kv, ik, indices, tiles, s: _Shared):
         source = table.at[query, :, pl.ds(part.start, part.width)]
         plgpu.copy_gmem_to_smem(source, s.query[number].at[0], s.query_full.at[number])
 
-    def work_item(query, count, before, carry):
+    def work_item(query, first, count, before, carry):
         first_row = lax.div(query, jnp.int32(plan.queries)) * plan.rows
-        fetch_indices(query, 0, carry[2])
+        fetch_indices(query, first, carry[2])
 
         def tile(j, carry):
             slot, filled, index_slot = carry
@@ -136,7 +150,7 @@ def _load(plan: _Plan, q, iq, kv, ik, indices, tiles, s: _Shared):
 
             @pl.when(j + 1 < count)
             def _():
-                fetch_indices(query, j + 1, following)
+                fetch_indices(query, first + j + 1, following)
 
             plgpu.barrier_wait(s.picked_full.at[index_slot])
             whose = lax.rem(before + j, jnp.int32(2))
@@ -169,7 +183,7 @@ def _load(plan: _Plan, q, iq, kv, ik, indices, tiles, s: _Shared):
 
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
-    slot, filled, _ = plan.for_each_query(tiles, work_item, (zero, zero, zero))
+    slot, filled, _ = plan.for_each_part(tiles, work_item, (zero, zero, zero))
     drain(s.freed, slot, filled, plan.slots)
 
     @pl.when(filled > 0)
@@ -228,17 +242,17 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, s: _Shared):
     def over_heads(x):
         return lax.broadcast_in_dim(x, (KEYS, x.shape[0]), (1,))
 
-    def tile(query, before, shift, mine, bound, weight, i, phases):
+    def tile(query, first, before, shift, mine, bound, weight, i, phases):
         j = shift + 2 * i
         dots, index_dots, phases = _products(plan, before + j, i == 0, i == mine - 1, phases, s)
-        some = pl.ds(j * KEYS, KEYS)
+        some = pl.ds((first + j) * KEYS, KEYS)
         found = jnp.exp2(dots * (plan.scale * LOG2E) - over_heads(bound)).sum(axis=1)
         mass.at[query, some][...] = found
         found = (jnp.maximum(index_dots, 0.0) * over_heads(weight)).sum(axis=1)
         scores.at[query, some][...] = found
         return phases
 
-    def work_item(query, count, before, phases):
+    def work_item(query, first, count, before, phases):
         shift = lax.rem(before + role, jnp.int32(2))
         mine = lax.div(count - shift + 1, jnp.int32(2))
 
@@ -249,31 +263,14 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, s: _Shared):
                 plgpu.barrier_arrive(s.query_read.at[i])
 
         bound, weight = (plgpu.load(x.at[query], layout=column, optimized=False) for x in (lse, iw))
-        body = functools.partial(tile, query, before, shift, mine, bound, weight)
+        body = functools.partial(tile, query, first, before, shift, mine, bound, weight)
         return lax.fori_loop(0, mine, body, phases)
 
     if role == EVEN:
         s.landing.initialize()
         plgpu.barrier_arrive(s.started)
     plgpu.barrier_wait(s.started)
-    plan.for_each_query(tiles, work_item, jnp.int32(0))
-
-
-def _kernel(q, iq, kv, ik, lse, iw, indices, tiles, mass, scores, *, plan: _Plan, **shared):
-    words = shared.pop("landed", shared["picked"])
-    landing = Landing(words, 4 * INDEX_SLOTS * KEYS, 2 * plan.slots, plan.interpret)
-    s = _Shared(**shared, landing=landing)
-    role = lax.axis_index("role")
-    for number in (EVEN, ODD, LOADER):
-
-        @pl.when(role == number)
-        def _(number=number):
-            action = "decrease" if number == LOADER else "increase"
-            plgpu.set_max_registers(_REGISTERS[number], action=action)
-            if number == LOADER:
-                _load(plan, q, iq, kv, ik, indices, tiles, s)
-            else:
-                _weigh(plan, number, lse, iw, tiles, mass, scores, s)
+    plan.for_each_part(tiles, work_item, jnp.int32(0))
 
 
 def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, interpret=None):
@@ -310,16 +307,20 @@ def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, 
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
-    landed = {"landed": plgpu.Barrier(num_barriers=2 * plan.slots)} if plan.interpret else {}
+    def assign(q, iq, kv, ik, lse, iw, indices, tiles, mass, scores, **shared):
+        s = _Shared(**shared)
+        return (
+            lambda: _weigh(plan, EVEN, lse, iw, tiles, mass, scores, s),
+            lambda: _weigh(plan, ODD, lse, iw, tiles, mass, scores, s),
+            lambda: _load(plan, q, iq, kv, ik, indices, tiles, s),
+        )
 
-    def indexer_loss_pairs(*refs, **scratch):  # its name is the kernel's
-        _kernel(*refs, plan=plan, **scratch)
-
-    return plgpu.kernel(
-        indexer_loss_pairs,
+    return roles.kernel(
+        "indexer_loss_pairs",
+        assign,
+        _REGISTERS,
         out_type=[jax.ShapeDtypeStruct(indices.shape, jnp.float32)] * 2,
         scratch_types={
-            **landed,
             "query": [
                 tile(1, INDEX_HEADS if part.of_index else heads, part.width) for part in plan.parts
             ],
@@ -331,12 +332,7 @@ def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, 
             "freed": plgpu.Barrier(num_barriers=plan.slots),
             "started": plgpu.Barrier(),
         },
-        grid=(plan.ctas,),
-        grid_names=("cta",),
-        num_threads=3,
-        thread_name="role",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        **({"interpret": interpret} if interpret is not None else {}),
+        landing_slots=2 * plan.slots,
+        grid={"cta": plan.ctas},
+        interpret=interpret,
     )(q, iq, kv, ik, lse, iw, indices, tiles)

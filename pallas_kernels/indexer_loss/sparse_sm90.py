@@ -3,6 +3,7 @@
     sparse_pairs_sm90      of every query and selected key the attention's mass and the score
     here, in XLA           kl, and d = softmax(score) - p
     sparse_gradient_sm90   from g d the gradients of iq and iw, and a row for every pair
+    sparse_lists_sm90      which pairs belong to which keys
     sparse_sums_sm90       dik: the rows of each key added up in fp32, in the order of the queries
 
 The forward keeps d, as large as the selection, for the backward: so the target, which costs most,
@@ -22,11 +23,11 @@ from jax.custom_batching import sequential_vmap
 from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.indexer_loss import (
     sparse_gradient_sm90,
+    sparse_lists_sm90,
     sparse_pairs_sm90,
     sparse_sums_sm90,
 )
-from pallas_kernels.indexer_loss.reference import divergence, normalised, scores_gradient
-from pallas_kernels.sparse_attention.backward_lists import BLOCK, ascending, pairs_by_block
+from pallas_kernels.indexer_loss.sparse_lists_sm90 import BLOCK
 from pallas_kernels.tiling import vary_like
 
 KEYS = 64  # of a tile
@@ -59,6 +60,7 @@ class Residuals(NamedTuple):
     ik: jax.Array
     iw: jax.Array
     indices: jax.Array  # i32 [B, T, K']: ascending, S where none is; K' whole tiles
+    count: jax.Array  # i32 [B, T]: how many are inside
     d: jax.Array  # f32 [B, T, K']: the gradient of kl for the scores; 0 where no key is selected
 
 
@@ -73,22 +75,21 @@ def forward_for_backward(
 ):
     """`(kl [B, T], Residuals)`."""
     del workspace_bytes
-    kl, indices, d = compare(iq, ik, iw, q, kv, lse, indices, scale=scale)
-    return kl, Residuals(iq, ik, iw, indices, d)
+    kl, *rest = compare(iq, ik, iw, q, kv, lse, indices, scale=scale)
+    return kl, Residuals(iq, ik, iw, *rest)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "sms", "interpret"))
 def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret: Any = None):
-    """`(kl, indices and d of Residuals)`."""
+    """`(kl, indices, count and d of Residuals)`."""
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     pads = ((0, 0), (0, 0), (0, -indices.shape[2] % KEYS))
     indices = jnp.pad(indices, pads, constant_values=-1)
     if 0 in (*indices.shape, rows):
-        nothing = jnp.zeros(indices.shape, jnp.float32)
-        return jnp.zeros((batch, queries), jnp.float32), indices, nothing
-    indices = ascending(indices.reshape(batch * queries, -1), rows).reshape(indices.shape)
-    exists = indices < rows
+        nothing, none = jnp.zeros(indices.shape, jnp.float32), jnp.zeros((batch, queries))
+        return none, indices, none.astype(jnp.int32), nothing
+    indices, count = _in_order(indices, rows)
     # More than 128 heads are as many queries with the same keys.
     split = -(-heads // HEADS)
     some = -(-heads // split // 64) * 64
@@ -105,15 +106,29 @@ def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret
     lse = by_query(jnp.where(jnp.isfinite(lse), lse * LOG2E, 0.0), jnp.inf)
     mass, scores = sparse_pairs_sm90.pairs(
         by_query(q, 0), repeat(iq), kv.reshape(-1, width), ik.reshape(-1, ik.shape[-1]),
-        lse, repeat(iw), repeat(indices), repeat(_tiles(exists)),
+        lse, repeat(iw), repeat(indices), repeat(_tiles(count)),
         queries=queries * split, rows=rows, scale=scale, sms=sms, interpret=interpret,
     )  # fmt: skip
     mass, scores = vary_like((mass, scores), (iq, ik, iw, q, kv))
-    mass, scores = (x.reshape(batch, queries, split, -1) for x in (mass, scores))
-    mass = jnp.where(exists, mass.sum(axis=2), 0.0)
-    scores = jnp.where(exists, scores[:, :, 0], 0.0)
-    p = normalised(mass)
-    return divergence(p, scores, exists), indices, scores_gradient(p, scores, exists)
+    mass = mass.reshape(batch, queries, -1, mass.shape[-1])
+    # One after the other, not as a sum over an axis: it costs no pass of its own then.
+    mass = functools.reduce(jnp.add, [mass[:, :, group] for group in range(mass.shape[2])])
+    scores = scores.reshape(batch, queries, split, -1)[:, :, 0]
+    kl, d = divergence(mass, scores, _exists(count, indices))
+    return kl, indices, count, d
+
+
+def divergence(mass, scores, exists):
+    """`(kl, d)` as in `reference`, with three passes over what is as large as the selection."""
+    total = jnp.where(exists, mass, 0.0).sum(axis=-1, keepdims=True)
+    top = jnp.where(exists, scores, -jnp.inf).max(axis=-1, keepdims=True)
+    weights = jnp.where(exists, jnp.exp(scores - top), 0.0).sum(axis=-1, keepdims=True)
+    exists &= total > 0  # where no head has put any mass, kl is 0 whatever the scores
+    p = jnp.where(exists, mass / total, 0.0)
+    log_q = scores - (top + jnp.log(weights))
+    log_p = jnp.log(jnp.where(p > 0, p, 1.0))
+    kl = jnp.where(p > 0, p * (log_p - log_q), 0.0).sum(axis=-1)
+    return kl, jnp.where(exists, jnp.exp(log_q), 0.0) - p
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes"))
@@ -128,19 +143,18 @@ def backward(residuals: Residuals, g, *, scale: float = 0.0, workspace_bytes: in
 
 def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret: Any = None):
     """The gradients, with at most so many queries in a window."""
-    iq, ik, iw, indices, d = residuals
+    iq, ik, iw, indices, count, d = residuals
     batch, queries, heads, width = iq.shape
     rows = ik.shape[1]
     if 0 in (*indices.shape, rows):
         return jnp.zeros_like(iq), jnp.zeros_like(ik), jnp.zeros_like(iw)
     total = batch * queries
-    d = (g[..., None] * d).reshape(total, -1)
-    indices = indices.reshape(total, -1)
-    tiles = _tiles(indices < rows)
+    d, indices = d.reshape(total, -1), indices.reshape(total, -1)
     arrays = iq.reshape(total, heads, width), ik.reshape(-1, width), iw.reshape(total, heads)
+    arrays = *arrays, d, g.reshape(total), indices, _tiles(count.reshape(total))
     blocks = -(-batch * rows // BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
-    window = min(max(1, window), total)
+    window = min(max(1, window), total, sparse_lists_sm90.max_window(d.shape[1]))
     window = -(-total // -(-total // window))  # windows of one size
     # The kernel writes all of it: nothing has to be there before.
     sums = jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
@@ -148,13 +162,13 @@ def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret
     def step(first):
         start = first.reshape(1)
         added, diq, diw = sparse_gradient_sm90.gradient(
-            start, *arrays, d, indices, tiles,
+            start, *arrays,
             window=window, queries=queries, rows=rows, sms=sms, interpret=interpret,
         )  # fmt: skip
-        number = first + jnp.arange(window)
-        mine = jnp.take(indices, number, axis=0, mode="fill", fill_value=rows)
-        key = mine + (number // queries * rows)[:, None]  # in all rows of the batch
-        lists = pairs_by_block(jnp.where(mine < rows, key, blocks * BLOCK), blocks=blocks)
+        lists = _lists(
+            start, count.reshape(total), indices, interpret,
+            window=window, queries=queries, rows=rows, blocks=blocks,
+        )  # fmt: skip
         added = added.reshape(-1, width)
         sparse_sums_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
         return diq, diw
@@ -173,6 +187,32 @@ def gradients(residuals: Residuals, g, *, window: int, sms: int = 132, interpret
     return diq, dik[: batch * rows].reshape(ik.shape).astype(ik.dtype), diw
 
 
-def _tiles(exists):
-    """How many tiles hold each query's keys, which come first; at least one."""
-    return jnp.maximum(-(-exists.sum(axis=-1, dtype=jnp.int32) // KEYS), 1)
+def _lists(first, count, indices, interpret, **sizes):
+    """The pairs of a window by blocks of keys."""
+    if interpret is None:
+        return sparse_lists_sm90.pairs_by_block(first, count, indices, **sizes)
+    return sparse_lists_sm90.twin(first, count, indices, **sizes)
+
+
+def _in_order(indices, rows: int):
+    """`(indices, count)`: in rising order and those outside `0 .. rows - 1` last; how many are not.
+
+    Selections usually are like this already.
+    """
+    inside = (indices >= 0) & (indices < rows)
+    keys = jnp.where(inside, indices, rows)
+    before = lax.pad(keys, jnp.int32(0), ((0, 0, 0), (0, 0, 0), (1, -1, 0)))
+    rises = jnp.all(keys >= before)
+    count = inside.sum(axis=-1, dtype=jnp.int32)
+    in_order = lax.cond(rises, lambda x: x, lambda x: lax.sort(x, dimension=2), keys)
+    return vary_like((in_order, count), indices)
+
+
+def _exists(count, indices):
+    """Where a key is selected: those that are come first."""
+    return jnp.arange(indices.shape[-1], dtype=jnp.int32) < count[..., None]
+
+
+def _tiles(count):
+    """How many tiles hold each query's keys; at least one."""
+    return jnp.maximum(-(-count // KEYS), 1)

@@ -9,7 +9,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Selection, UnsupportedError, indexer_kl_sparse
-from pallas_kernels.indexer_loss import reference, sparse_sm90
+from pallas_kernels.indexer_loss import reference, sparse_lists_sm90, sparse_sm90
 from pallas_kernels.sparse_attention import reference as sparse_attention
 
 SCALE = 0.1
@@ -46,6 +46,7 @@ def arguments(batch, queries, keys, heads, selected, width=64, index_width=64, i
         some = first + rng.permutation(end - first)[: min(count, selected)]
         indices[b, t, : len(some)] = np.sort(some)
     indices[0, -1, 1], indices[-1, 1 % queries, 2] = keys, -7
+    indices[-1, 0, selected // 8] = keys + 1  # with keys before and after
     indices = jnp.asarray(indices)
     _, lse = sparse_attention.forward(
         q, kv, indices, value_width=width, scale=SCALE, workspace_bytes=2**28
@@ -54,12 +55,15 @@ def arguments(batch, queries, keys, heads, selected, width=64, index_width=64, i
 
 
 def test_value_and_gradient():
-    """Heads and selected keys that are no whole tiles, two windows, every slot filled again."""
-    inputs = iq, ik, iw, q, kv, lse, indices = arguments(2, 3, 400, 70, 140)
-    kl, picked, d = sparse_sm90.compare(*inputs, scale=SCALE, sms=2, interpret=interpret())
+    """Heads and selected keys that are no whole tiles, two windows, every slot filled again.
+
+    Six queries on four CTAs: two are divided.
+    """
+    inputs = iq, ik, iw, q, kv, lse, indices = arguments(2, 3, 400, 70, 140, index_width=128)
+    kl, *rest = sparse_sm90.compare(*inputs, scale=SCALE, sms=4, interpret=interpret())
     assert no_races()
     g = normal(np.random.default_rng(1), 2, 3, dtype=jnp.float32)
-    residuals = sparse_sm90.Residuals(iq, ik, iw, picked, d)
+    residuals = sparse_sm90.Residuals(iq, ik, iw, *rest)
     # Not jitted: two interpreted kernels in one program wait for each other.
     found = sparse_sm90.gradients(residuals, g, window=5, sms=1, interpret=interpret())
     assert no_races()
@@ -74,6 +78,55 @@ def test_value_and_gradient():
         gradient, expected = np.asarray(gradient, np.float64), np.asarray(expected, np.float64)
         # d, the masked products, the rows and the results are rounded to bf16 (2**-9 of each).
         assert np.linalg.norm(gradient - expected) / np.linalg.norm(expected) < 6e-3
+
+
+@pytest.mark.parametrize(("heads", "width"), [(16, 320), (128, 192)])
+def test_target(heads, width):
+    """One group of heads, and two; keys in several parts, of which one is narrow, or overlaps."""
+    inputs = iq, ik, iw, q, kv, _, indices = arguments(1, 2, 300, heads, 260, width=width)
+    kl, *_ = sparse_sm90.compare(*inputs, scale=SCALE, sms=1, interpret=interpret())
+    assert no_races()
+    exact = oracle.indexer_kl_sparse(iq, ik, iw, q, kv, indices, scale=SCALE)
+    np.testing.assert_allclose(kl, exact, rtol=3e-6, atol=3e-6)
+
+
+def test_divergence():
+    """Against the reference's; queries without keys, and one whose heads put no mass on any."""
+    rng = np.random.default_rng(0)
+    mass = jnp.asarray(rng.uniform(0, 2, (2, 4, 50)) ** 8, jnp.float32)
+    mass = mass.at[0, 1].set(0.0).at[1, 2, 3:9].set(0.0)
+    scores = jnp.asarray(5 * rng.standard_normal(mass.shape), jnp.float32)
+    exists = jnp.arange(50) < jnp.asarray([[50, 20, 0, 1], [7, 33, 50, 2]])[..., None]
+    mass, scores = (jnp.where(exists, x, jnp.nan) for x in (mass, scores))
+    kl, d = sparse_sm90.divergence(mass, scores, exists)
+    known, real = jnp.where(exists, mass, 0.0), jnp.where(exists, scores, 0.0)
+    p = reference.normalised(known)
+    np.testing.assert_allclose(kl, reference.divergence(p, real, exists), rtol=1e-5, atol=1e-6)
+    want = reference.scores_gradient(p, real, exists)
+    np.testing.assert_allclose(d, want, rtol=1e-5, atol=1e-6)
+    assert kl[0, 1] == kl[0, 2] == kl[0, 3] == 0
+    assert not d[0, 1:].any()
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_lists(first):
+    """The kernels' programs lane by lane against what they stand for; past the last query, too."""
+    rng = np.random.default_rng(0)
+    batch, queries, keys, selected = 2, 3, 300, 128
+    counts = np.array([selected, 0, 77, 1, 64, 100], np.int32)
+    indices = np.full((batch * queries, selected), keys, np.int32)
+    for row, count in enumerate(counts):
+        indices[row, :count] = np.sort(rng.choice(keys, count, replace=False))
+    sizes = dict(window=4, queries=queries, rows=keys, blocks=-(-batch * keys // 64))
+    given = np.array([first], np.int32), counts, indices
+    found = sparse_lists_sm90.pairs_by_block(*given, **sizes, simulate=True)
+    want = sparse_lists_sm90.twin(*map(jnp.asarray, given), **sizes)
+    end = 64 * int(want[1].sum())
+    assert end > 2 * 64
+    for one, other in zip(found, want, strict=True):
+        np.testing.assert_array_equal(one[:end], other[:end])
+    entries = np.asarray(want[2])[:end]
+    assert (entries >= 0).sum() == counts[first : first + 4].sum()
 
 
 @pytest.mark.parametrize(

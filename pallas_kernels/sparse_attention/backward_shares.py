@@ -10,9 +10,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.tiles import CHUNK
 
-RING = 8
-"""Slots of the ring that P and dS, or sums, are computed from: 64 keys, columns of a share each."""
-
 
 def share_columns(width: int) -> int:
     """Columns of a share: the most chunks, up to three, that divide the width."""

@@ -38,7 +38,6 @@ from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import CHUNK, LOG2E
 from pallas_kernels.hopper.wgmma import add_products, finish
 from pallas_kernels.sparse_attention.backward_shares import (
-    RING,
     drain,
     next_slot,
     share_columns,
@@ -49,7 +48,7 @@ from pallas_kernels.sparse_attention.backward_shares import (
 
 HEADS = 64  # of a CTA: one wgmma's rows
 KEYS = 64  # of a tile
-SLOTS = RING
+SLOTS = 8  # of the ring
 INDEX_SLOTS = 7
 SCORES, VALUES, LOADER = range(3)
 

@@ -105,10 +105,9 @@ def checked_row(
     good = all(error <= BOUND for error in errors.values())
     return {
         "op": "layer_check",
+        "kind": f"{model.num_experts_per_tok} of {model.n_routed_experts} experts a token",
         "keys": tokens,
         "topk": min(model.index_topk or 0, tokens),
-        "groups": model.n_routed_experts,
-        "experts_of_a_token": model.num_experts_per_tok,
         "bound": BOUND,
         "within": good and int(moved.sum()) <= MOST_MOVED * moved.size,
         "errors": {name: float(f"{error:.2e}") for name, error in errors.items()},

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
 import functools
-import gzip
 import json
 import statistics
 import sys
@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks.ops import Results
-from benchmarks.timing import environment, exclusive
+from benchmarks.timing import environment, wait_for
 from dsa_jax import presets
 from dsa_jax.config import ModelConfig, Numerics
 from dsa_jax.mla import Mode
@@ -88,14 +88,13 @@ CASES = (
 )
 
 
-def layer_config(experts: int = 16, **changes: Any) -> ModelConfig:
+def layer_config(experts: int = 16, experts_of_a_token: int = 8) -> ModelConfig:
     """A model of one layer; the vocabulary only feeds it."""
-    config = presets.get("deepseek-v3.2-exp").replace(
+    return presets.get("deepseek-v3.2-exp").replace(
         num_hidden_layers=1, first_k_dense_replace=0, vocab_size=256, n_routed_experts=experts,
-        n_group=1, topk_group=1, fp8_weights=None, numerics=Numerics(), tie_word_embeddings=True,
-        num_nextn_predict_layers=0,
+        num_experts_per_tok=experts_of_a_token, n_group=1, topk_group=1, fp8_weights=None,
+        numerics=Numerics(), tie_word_embeddings=True, num_nextn_predict_layers=0,
     )  # fmt: skip
-    return config.replace(**changes)
 
 
 def train_config(case: Case, model: ModelConfig, **changes: Any) -> TrainConfig:
@@ -231,6 +230,11 @@ def needed(config: TrainConfig) -> dict[str, float]:
     return {name: round(flop / 1e12, 2) for name, flop in parts.items() if name != "head"}
 
 
+def compile_inputs(config: TrainConfig) -> Any:
+    """`prepare`, compiled."""
+    return jax.jit(functools.partial(prepare, config)).lower().compile()
+
+
 def memory(compiled: Any) -> dict[str, float]:
     """What the compiled program needs, GiB."""
     found = compiled.memory_analysis()
@@ -248,18 +252,16 @@ def shares(kernels: Mapping[str, float]) -> dict[str, float]:
     return {op: round(ms, 3) for op, ms in sorted(found.items(), key=lambda item: -item[1])}
 
 
-def keep_profile(folder: Path, case: Case, run: Sequence[tuple[str, float]], program: Any) -> None:
-    """Writes `CASE.txt`, a line a kernel (ms, launches, name), and `CASE.hlo.gz`, the program."""
+def keep_profile(folder: Path, case: Case, run: Sequence[tuple[str, float]]) -> None:
+    """Writes `CASE.txt`: milliseconds, launches and name of each kernel, the longest first."""
     folder.mkdir(parents=True, exist_ok=True)
     launches = collections.Counter(name for name, _ in run)
     total: dict[str, float] = {}
     for name, ms in run:
         total[name] = total.get(name, 0.0) + ms
     lines = [f"{ms:9.3f} {launches[name]:5d} {name}" for name, ms in total.items()]
-    stem = case.name.replace(" ", "_")
-    (folder / f"{stem}.txt").write_text("\n".join(sorted(lines, reverse=True)) + "\n")
-    with gzip.open(folder / f"{stem}.hlo.gz", "wt") as file:
-        file.write(program.as_text())
+    text = "\n".join(sorted(lines, reverse=True)) + "\n"
+    (folder / f"{case.name.replace(' ', '_')}.txt").write_text(text)
 
 
 class _Steps(jax.stages.Wrapped):
@@ -284,20 +286,25 @@ class _Steps(jax.stages.Wrapped):
 
 
 def measure(
-    case: Case, config: TrainConfig, compiled: Any, repeats: int = 2, profile: Path | None = None
+    case: Case,
+    config: TrainConfig,
+    programs: tuple[Any, Any],
+    repeats: int = 2,
+    profile: Path | None = None,
 ) -> dict[str, Any]:
     """Time of a step on the host's clock, and of its kernels by CUPTI.
 
     Args:
         case: what is measured.
         config: of it.
-        compiled: its step.
+        programs: its step and `prepare`, compiled.
         repeats: steps whose median counts, after one that loads the program; the first of them is
             profiled.
-        profile: a folder for every kernel's time, and the program in which its name is found.
+        profile: a folder for every kernel's time.
     """
     work = needed(config)
-    state, h, above = jax.jit(functools.partial(prepare, config))()
+    compiled, make = programs
+    state, h, above = make()
     steps = _Steps(compiled, jax.block_until_ready(state))
     del state
     say(f"{case.name} has its weights")
@@ -308,7 +315,7 @@ def measure(
     for name, ms in run:
         kernels[name] = kernels.get(name, 0.0) + ms
     if profile is not None:
-        keep_profile(profile, case, run, compiled)
+        keep_profile(profile, case, run)
     for _ in range(repeats - 1):
         steps(h, above)
     seconds = statistics.median(steps.seconds[1:])
@@ -357,17 +364,20 @@ def main() -> None:
     cases = [case for case in CASES if case.name in options.cases]
     configs = [train_config(case, model) for case in cases]
     with ThreadPoolExecutor() as pool:
+        made = [pool.submit(compile_inputs, config) for config in configs]
         compiled = []
         for case, config in zip(cases, configs, strict=True):
             lowered, chosen = lower(case, config)
             say(f"{case.name} lowered")
             compiled.append((pool.submit(compile_, lowered), chosen))
-        for case, config, (program, chosen) in zip(cases, configs, compiled, strict=True):
+        concurrent.futures.wait([*made, *(step for step, _ in compiled)])
+        wait_for(options.lock)
+        for case, config, make, (step, chosen) in zip(cases, configs, made, compiled, strict=True):
             row = {"op": "layer_step", "kind": case.name, "keys": case.tokens}
-            row |= {"implementations": chosen, **memory(program.result())}
-            say(f"{case.name} compiled: {memory(program.result())}")
-            with exclusive(options.lock):
-                add(row | measure(case, config, program.result(), profile=options.profile))
+            row |= {"implementations": chosen, **memory(step.result())}
+            say(f"{case.name} compiled: {memory(step.result())}")
+            programs = step.result(), make.result()
+            add(row | measure(case, config, programs, profile=options.profile))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """Draws a token's attention cost against its position, beside the report's figure.
 
-    python -m benchmarks.position_figure FIGURE.png FILE...
+    python -m benchmarks.position_figure FIGURE.png FILE
 
-from what `benchmarks.positions` wrote, or, prefill only, from what `benchmarks.ops` wrote of
-dense_attention (a causal prompt of L tokens: its time over L is the cost at L / 2), indexer or
-fused, and sparse_attention (4096 queries at the end of S keys).
+from what `benchmarks.positions` wrote.
 
 The report is DeepSeek-V3.2-Exp's; its Figure 3 gives the cost of a whole service on H800s in
 dollars per million tokens, two straight lines in each panel, whose ends are copied here. They are
-scaled by one factor a panel, so that dense attention agrees at 128K, where ours is extrapolated if
-it was not measured: only shapes can be compared.
+scaled by one factor a panel, so that dense attention agrees at 128K: only shapes can be compared.
 """
 
 from __future__ import annotations
@@ -39,26 +36,6 @@ REPORT = {
 DENSE, SPARSE = "#3a3a3a", "#0072b2"
 
 
-def from_ops(rows: list[dict]) -> list[dict]:
-    """Rows of `benchmarks.ops` as rows of `benchmarks.positions`, whose own stay as they are."""
-    made = [row for row in rows if row["op"] == "position"]
-
-    def add(part: str, keys: float, us: float) -> None:
-        kind = f"prefill {part}"
-        if all((old["kind"], old["keys"]) != (kind, keys) for old in made):
-            made.append({"op": "position", "kind": kind, "keys": keys, "us_per_token": us})
-
-    for row in rows:
-        ms, keys, queries = row.get("ms", 0.0), row.get("keys", 0), row.get("queries", 4096)
-        if row["op"] == "dense_attention" and row.get("shape") == "192/128":
-            add("dense", keys / 2, 1e3 * ms / keys)
-        elif row["op"] == "lightning_indexer" and queries == 4096:
-            add("indexer", keys, 1e3 * ms / queries)
-        elif row["op"] == "sparse_attention" and row["kind"] == "random":
-            add("sparse", keys, 1e3 * ms / queries)
-    return made
-
-
 def series(results: dict, mode: str, part: str) -> dict[int, float]:
     """Microseconds a token by position."""
     kind = f"{mode} {part}"
@@ -72,15 +49,9 @@ def sparse(results: dict, mode: str) -> dict[int, float]:
     return {t: us + attention[t] for t, us in indexer.items() if t in attention}
 
 
-def dense_at(results: dict, mode: str, t: int) -> float:
-    """Dense attention at a position, its last figure extrapolated in proportion."""
-    last, us = max(series(results, mode, "dense").items())
-    return us * t / last
-
-
 def factor(results: dict, mode: str) -> float:
     """Microseconds for a dollar, by which the two dense lines agree at 128K."""
-    return dense_at(results, mode, 128 * K) / REPORT[mode]["dense"][-1][1]
+    return series(results, mode, "dense")[128 * K] / REPORT[mode]["dense"][-1][1]
 
 
 def _xy(points: dict[int, float]) -> tuple[list[int], list[float]]:
@@ -100,15 +71,11 @@ def draw(axes: Axes, results: dict, mode: str) -> None:
         service = "V3.1-Terminus" if name == "dense" else "V3.2-Exp"
         label = f"report, {service}, scaled"
         axes.plot(x, [scale * v for v in y], "--", color=color, alpha=0.6, label=label)
-    indexer = series(results, mode, "indexer")
-    shown = {t: us for t, us in indexer.items() if t <= 128 * K}
-    axes.plot(*_xy(shown), ":", color=SPARSE, label="of DSA, the indexer")
-    measured, last = series(results, mode, "dense"), 128 * K
-    longest = max(measured)
-    if longest < last:  # dense attention's cost is its slope
-        line = (longest, last), (measured[longest], dense_at(results, mode, last))
-        axes.plot(*line, ":", color=DENSE, label="dense MLA, extrapolated")
-    ratio = dense_at(results, mode, last) / sparse(results, mode)[last]
+    axes.plot(
+        *_xy(series(results, mode, "indexer")), ":", color=SPARSE, label="of DSA, the indexer"
+    )
+    last = 128 * K
+    ratio = series(results, mode, "dense")[last] / sparse(results, mode)[last]
     (_, dense), exp = REPORT[mode]["dense"][-1], REPORT[mode]["sparse"][-1][1]
     axes.set_title(
         f"{mode}: at {last // K}K dense ÷ DSA = {ratio:.1f} (report: {dense / exp:.1f})", fontsize=9
@@ -125,14 +92,11 @@ def main() -> None:
     """Draws one figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("figure", type=Path)
-    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("results", type=Path)
     options = parser.parse_args()
-    files = [json.loads(path.read_text()) for path in options.results]
-    rows = from_ops([row for file in files for row in file["rows"]])
-    results = {"runs": files[-1]["runs"], "rows": rows}
-    modes = [mode for mode in REPORT if series(results, mode, "dense")]
-    figure, panels = plt.subplots(1, len(modes), figsize=(6.2 * len(modes), 4.6), squeeze=False)
-    for axes, mode in zip(panels[0], modes, strict=True):
+    results = json.loads(options.results.read_text())
+    figure, panels = plt.subplots(1, len(REPORT), figsize=(12.4, 4.6))
+    for axes, mode in zip(panels, REPORT, strict=True):
         draw(axes, results, mode)
     where = results["runs"][-1]["environment"]
     figure.suptitle(

@@ -8,7 +8,6 @@ without that its power limit slows whatever runs for more than some ten millisec
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -16,7 +15,7 @@ import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,13 +139,17 @@ def equal_runs(run: Callable[[], Any], found: Any, runs: int = 20) -> int:
     return sum(bool(_equal(found, run())) for _ in range(runs))
 
 
-@contextlib.contextmanager
-def exclusive(lock: Path | None) -> Iterator[None]:
-    """Holds a file's lock, so that processes that share a GPU use it one at a time; None: none."""
-    with contextlib.ExitStack() as stack:
-        if lock is not None:
-            fcntl.flock(stack.enter_context(lock.open("a")), fcntl.LOCK_EX)
-        yield
+_held: list[Any] = []
+
+
+def wait_for(lock: Path | None) -> None:
+    """Waits for a file's lock and keeps it until this process ends, and its memory is free.
+
+    So processes that share a GPU can be made ready side by side and use it one after the other.
+    """
+    if lock is not None and not _held:
+        _held.append(lock.open("a"))
+        fcntl.flock(_held[0], fcntl.LOCK_EX)
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from dsa_jax.spread import (
     axes_of,
     by_query,
     deal_queries,
+    mesh_sizes,
     order_of,
     per_device,
     spec,
@@ -48,21 +49,18 @@ def _heads_split(rules: Rules) -> Callable[[Array], PartitionSpec]:
     return lambda x: spec(rules, "B T N" + " _" * (x.ndim - 3))
 
 
-def by_head(
-    x: Float[Array, "B T N a"], w: Float[Array, "N a b"], rules: Rules
-) -> Float[Array, "B T N b"]:
+def by_head(x: Float[Array, "B T N a"], w: Float[Array, "N a b"]) -> Float[Array, "B T N b"]:
     """`out[b, t, n] = x[b, t, n] @ w[n]`.
 
-    With the tokens as one axis the compiler has the matmul write each head's columns where its
-    reader wants them. With two it writes head after head, and a copy of all puts them in order.
+    On one device with the tokens as one axis: so the compiler has the matmul write each head's
+    columns where its reader wants them. With two axes it writes head after head, and a copy of all
+    puts them in order. On a mesh the axes stay, for the partitioner cuts them.
     """
-
-    def local(x: Array, w: Array) -> Array:
-        flat = x.reshape(-1, *x.shape[2:])
-        out = lax.dot_general(flat, w, (((2,), (1,)), ((1,), (0,))))  # N first
-        return jnp.swapaxes(out, 0, 1).reshape(*x.shape[:3], -1)
-
-    return per_device(local, rules, ("B T N _", "N _ _"), "B T N _")(x, w)
+    if mesh_sizes():
+        return jnp.einsum("BTNa,Nab->BTNb", x, w)
+    flat = x.reshape(-1, *x.shape[2:])
+    out = lax.dot_general(flat, w, (((2,), (1,)), ((1,), (0,))))  # N first
+    return jnp.swapaxes(out, 0, 1).reshape(*x.shape[:3], -1)
 
 
 _RANGES = KeyRange("B T", "B T")  # pyright: ignore[reportArgumentType]

@@ -38,7 +38,7 @@ from dsa_jax.norms import RMSNorm
 from dsa_jax.quantization import round_trip
 from dsa_jax.rope import Rotation, rotate
 from dsa_jax.sharding import Rules
-from dsa_jax.spread import gathered, pinned
+from dsa_jax.spread import gathered, mesh_sizes, pinned
 from pallas_kernels import KeyRange, Selection
 
 Attention = Literal["dense", "sparse", "masked"]
@@ -113,17 +113,21 @@ class AttentionOutput(NamedTuple):
 
 
 def absorb_query(
-    q: Float[Array, "B T N P+R"], w_uk: Float[Array, "C N P"], rules: Rules
+    q: Float[Array, "B T N P+R"], w_uk: Float[Array, "C N P"]
 ) -> Float[Array, "B T N C+R"]:
     """Moves the keys' up-projection to the query's side: q . (W_UK c) = (W_UK^T q) . c.
 
-    The rotary part comes along through an identity beside W_UK^T, unchanged: as wide as the heads
-    of all tokens are, putting it there in a pass of its own takes longer than the product.
+    In bf16 on one device the rotary part comes along through an identity beside W_UK^T, unchanged:
+    as wide as the heads of all tokens are, putting it there in a pass of its own takes longer than
+    the product. In fp32 it may not: a GPU rounds what it multiplies (TF32).
     """
-    R = q.shape[-1] - w_uk.shape[-1]
+    C, _, P = w_uk.shape
+    R = q.shape[-1] - P
+    if q.dtype != jnp.bfloat16 or mesh_sizes():
+        nope, rope = q[..., :P], q[..., P:]
+        return jnp.concatenate([jnp.einsum("BTNP,CNP->BTNC", nope, w_uk), rope], axis=-1)
     up = jnp.pad(jnp.moveaxis(w_uk, 0, -1), ((0, 0), (0, R), (0, R)))
-    P, C = w_uk.shape[-1], w_uk.shape[0]
-    return by_head(q, up.at[:, P:, C:].set(jnp.eye(R, dtype=up.dtype)), rules)
+    return by_head(q, up.at[:, P:, C:].set(jnp.eye(R, dtype=up.dtype)))
 
 
 def masked_attention(
@@ -246,9 +250,7 @@ class MLA(nnx.Module):
                 index = index._replace(k=cache.index_k, k_scale=cache.index_k_scale)
 
         w_uk, w_uv = self._up_projections()
-        q_abs = absorb_query(
-            q, w_uk, self.rules
-        )  # dead code, and so free, where nothing below reads it
+        q_abs = absorb_query(q, w_uk)  # dead code, and so free, where nothing below reads it
         state = _state(layer, q_abs, kv, c.softmax_scale, index, rows.ranges)
         selection = self._select(state, index, mode, shared) if mode.select else None
         if mode.attention == "sparse":
@@ -257,7 +259,7 @@ class MLA(nnx.Module):
                 q_abs, kv, selection,
                 value_width=c.kv_lora_rank, scale=c.softmax_scale, rules=self.rules,
             )  # fmt: skip
-            out = by_head(latent, jnp.moveaxis(w_uv, 0, 1), self.rules)
+            out = by_head(latent, jnp.moveaxis(w_uv, 0, 1))
         elif mode.attention == "dense":
             out, lse = dense_attention(
                 q, kv, self.kv_b_proj, rows.ranges, scale=c.softmax_scale, rules=self.rules

@@ -8,7 +8,6 @@ from small_models import jit
 
 from dsa_jax.mesh_ops import expand_keys
 from dsa_jax.mla import absorb_query, masked_attention
-from dsa_jax.sharding import Rules
 from pallas_kernels import KeyRange, Selection, dense_attention
 
 
@@ -22,9 +21,28 @@ def test_absorbed_scores_are_the_expanded_ones():
     k, v = expand_keys(jnp.einsum("BSC,CNX->BSNX", kv[..., :6], up), kv[..., 6:], 5)
     assert v.shape == (1, 7, 2, 3)
     expanded = jnp.einsum("BTND,BSND->BTNS", q, k)
-    absorbed = jnp.einsum("BTND,BSD->BTNS", absorb_query(q, up[..., :5], Rules()), kv)
+    absorbed = jnp.einsum("BTND,BSD->BTNS", absorb_query(q, up[..., :5]), kv)
     np.testing.assert_allclose(absorbed, expanded, atol=1e-5)  # fp32 sums of 30 products
     np.testing.assert_allclose(v, jnp.einsum("BSC,CNV->BSNV", kv[..., :6], up[..., 5:]), atol=1e-5)
+
+
+def test_absorbing_in_bf16_leaves_the_rotary_part_as_it_is():
+    q, up = normal(2, 3, 2, 5 + 4), normal(6, 2, 5, seed=1)
+    low = q.astype(jnp.bfloat16), up.astype(jnp.bfloat16)
+    wide = [x.astype(jnp.float32) for x in low]
+
+    @jit
+    def run(q, up):
+        out, pull = jax.vjp(lambda q, up: absorb_query(q, up), q, up)
+        return out, *pull(out)
+
+    found, wanted = run(*low), run(*wide)
+    np.testing.assert_array_equal(found[0][..., 6:], low[0][..., 5:])
+    np.testing.assert_array_equal(found[1][..., 5:], low[0][..., 5:])
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == jnp.bfloat16
+        # Sums of up to six products in fp32, rounded once or, in the gradients, twice.
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2**-7 * float(abs(b).max()))
 
 
 def test_masked_attention_over_a_range_is_dense_attention():

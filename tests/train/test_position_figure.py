@@ -84,26 +84,3 @@ def test_it_is_drawn(results, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["figure", str(target), str(source)])
     figure.main()
     assert target.stat().st_size > 10_000
-
-
-def test_times_of_ops_become_costs_at_positions():
-    rows = figure.from_ops(
-        [
-            {"op": "dense_attention", "shape": "192/128", "keys": 8192, "ms": 4.096},
-            {"op": "lightning_indexer", "queries": 4096, "keys": 8192, "ms": 0.4096},
-            {
-                "op": "sparse_attention",
-                "kind": "random",
-                "queries": 4096,
-                "keys": 8192,
-                "ms": 2.048,
-            },
-            {"op": "select_topk", "kind": "random", "keys": 8192, "ms": 9.0},
-        ]
-    )
-    found = {row["kind"]: (row["keys"], row["us_per_token"]) for row in rows}
-    # All queries of a causal prompt, half of its keys each on average.
-    assert found["prefill dense"] == (4096, pytest.approx(0.5))
-    assert found["prefill indexer"] == (8192, pytest.approx(0.1))
-    assert found["prefill sparse"] == (8192, pytest.approx(0.5))
-    assert len(found) == 3

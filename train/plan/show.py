@@ -160,8 +160,11 @@ def _time(console: Console, report: Report) -> None:
     console.print(table)
     console.print(
         f"{found.tokens_per_second:,.0f} tokens/s, MFU {found.mfu:.1%}; {config.steps} steps take "
-        f"{_number(found.days)} days, {found.gpu_hours:,.0f} GPU-hours\n",
+        f"{_number(found.days)} days, {found.gpu_hours:,.0f} GPU-hours",
         highlight=False,
+    )
+    console.print(
+        "an estimate: steps of one layer on one GPU took within 25% of theirs; clusters untested\n"
     )
 
 

@@ -269,7 +269,7 @@ def compare(row: dict[str, Any]) -> list[tuple[str, float, float, float]]:
             ("peak memory, GB: compiled without a GPU", said["bytes"], seen["peak_bytes"]),
             ("peak memory, GB: counted", said["counted_bytes"], seen["peak_bytes"]),
             ("XLA's products, TFLOP: counted", said["counted_products"], seen["dot_flop"]),
-            ("step, s", said["step_seconds"], seen["step_seconds"]),
+            ("step, s", said.get("step_seconds", float("nan")), seen["step_seconds"]),
         ]
     if "tensor_flop" in row:
         pairs.append(

@@ -1,11 +1,15 @@
 """The plan's check on a GPU, as far as it can be tried without one."""
 
+import json
+from pathlib import Path
+
 import jax
 import pytest
 
 from benchmarks import plan_check, tensor_operations
 from dsa_jax.sharding import make_mesh
 from train.flops import step_work
+from train.plan import counted, search
 from train.start import plan
 
 
@@ -66,3 +70,16 @@ def test_every_part_that_is_counted_has_kernels(name):
     wanted |= {"attention, gradient"} if name != "warmup-64k" else set()
     wanted |= {"indexer"} if name != "dense-32k" else set()
     assert parts == wanted
+
+
+KEPT = json.loads((Path(plan_check.__file__).parent / "results" / "plan_check.json").read_text())
+
+
+@pytest.mark.parametrize("row", KEPT)
+def test_arithmetic_is_within_ten_percent_of_what_was_compiled_and_measured(row):
+    name, gpu = row.split(",")[0].split()
+    options, config = plan_check.planned(plan_check.CASES[name], gpu)
+    counted_bytes = search.count(options, config, counted.shapes_of(config)).bytes
+    assert counted_bytes == pytest.approx(KEPT[row]["predicted"]["bytes"], rel=0.1)
+    if "measured" in KEPT[row]:
+        assert counted_bytes == pytest.approx(KEPT[row]["measured"]["peak_bytes"], rel=0.1)

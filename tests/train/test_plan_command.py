@@ -70,9 +70,11 @@ def test_gradients_are_there_twice_while_a_batch_is_summed_up():
     options = FLAGSHIP.resolved()
     config = train_config(options, architecture(options.preset), options.mesh)
     held = state(FLAGSHIP)
-    assert counted.temporaries(config, held)["gradients"] == 2 * held.gradient_bytes
+    # The embedding's is made last: 129,280 words of 7168, cut over all devices.
+    once = held.gradient_bytes - 129_280 * 7168 * 4 / 256
+    assert counted.temporaries(config, held)["gradients"] == held.gradient_bytes + once
     whole = dataclasses.replace(config, batch_size=16, micro_batches=1)
-    assert counted.temporaries(whole, held)["gradients"] == held.gradient_bytes
+    assert counted.temporaries(whole, held)["gradients"] == once
 
 
 def test_does_it_fit():

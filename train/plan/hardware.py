@@ -1,8 +1,8 @@
 """GPUs as the plan sees them: memory, peak rates, links, and the rates that kernels reach.
 
 What a data sheet says is fixed; what is reached in practice is a default that a flag can change.
-The defaults for kernels are this project's own on one H100 (benchmarks/RESULTS.md), lowered where
-the table was taken on a cool GPU: a step that runs for minutes meets the power limit.
+The defaults for kernels are this project's own on one H100, a few per cent below what they reach in
+the measured steps of one layer or, where the length decides, at 128K (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Rates:
     # The experts' grouped products.
     experts: float = 680.0
     # Dense attention, forward.
-    dense_attention: float = 680.0
+    dense_attention: float = 650.0
     # Dense attention, gradient.
     dense_attention_gradient: float = 430.0
     # Sparse attention, forward: random keys at 128K.
@@ -86,7 +86,7 @@ class Rates:
     # The same in bf16.
     indexer_bf16: float = 540.0
     # The warm-up loss, value and gradient.
-    kl_dense: float = 470.0
+    kl_dense: float = 445.0
     # The sparse stage's loss, value and gradient.
     kl_sparse: float = 360.0
     # Share of the data sheet's memory bandwidth that elementwise work reaches.

@@ -13,6 +13,7 @@ from train.plan.options import mesh_sizes
 from train.plan.report import Report, counted_products
 
 _ROWS = 8
+_CHECKED = "estimated; steps of one layer on one GPU came within 13% of it, no cluster was measured"
 
 
 def show(console: Console, report: Report) -> None:
@@ -160,9 +161,10 @@ def _time(console: Console, report: Report) -> None:
     console.print(table)
     console.print(
         f"{found.tokens_per_second:,.0f} tokens/s, MFU {found.mfu:.1%}; {config.steps} steps take "
-        f"{_number(found.days)} days, {found.gpu_hours:,.0f} GPU-hours\n",
+        f"{_number(found.days)} days, {found.gpu_hours:,.0f} GPU-hours",
         highlight=False,
     )
+    console.print(f"{_CHECKED}\n", highlight=False)
 
 
 def _recipe(console: Console, report: Report) -> None:

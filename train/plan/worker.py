@@ -31,7 +31,7 @@ from train.start import plan
 
 # Without a GPU there is nothing to tune Triton's products on, and its default tiles can take twenty
 # times as long as cuBLAS, which chooses well by itself.
-_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 class Job(NamedTuple):
@@ -52,19 +52,30 @@ class Job(NamedTuple):
     program: Path | None = None
 
 
-def devices(job: Job) -> list[Any]:
-    """Stand-ins for the job's GPUs, host by host; or this process's CPU devices."""
-    count = int(np.prod(job.config.mesh.sizes))
-    if job.target is None:
-        return list(jax.devices("cpu")[:count])
+def topology(target: str, count: int, per_host: int) -> list[Any]:
+    """Stand-ins for so many GPUs, host by host.
+
+    Args:
+        target: the GPU as XLA describes one.
+        count: of all.
+        per_host: at most.
+    """
     from jax._src import xla_bridge  # noqa: F401  finds the plugin
     from jax.experimental import topologies
 
-    hosts = max(1, count // job.per_host)
-    topology = topologies.get_topology_desc(
-        "", "cuda", target_config=job.target, topology=f"1x{hosts}x{count // hosts}"
+    hosts = max(1, count // per_host)
+    found = topologies.get_topology_desc(
+        "", "cuda", target_config=target, topology=f"1x{hosts}x{count // hosts}"
     )
-    return list(topology.devices)
+    return list(found.devices)
+
+
+def devices(job: Job) -> list[Any]:
+    """Stand-ins for the job's GPUs; or this process's CPU devices."""
+    count = int(np.prod(job.config.mesh.sizes))
+    if job.target is None:
+        return list(jax.devices("cpu")[:count])
+    return topology(job.target, count, job.per_host)
 
 
 def lower(config: TrainConfig, mesh: Mesh, kernels: bool) -> jax.stages.Lowered:
@@ -82,7 +93,7 @@ def compile(job: Job) -> dict[str, Any]:
     with jax.set_mesh(mesh), dispatch.recorded() as implementations:
         lowered = lower(job.config, mesh, kernels=job.target is not None)
         say(phase="compiling")
-        compiled = lowered.compile(None if job.target is None else _OPTIONS)
+        compiled = lowered.compile(None if job.target is None else OPTIONS)
     say(phase="reading the program")
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if text is None or memory is None:

@@ -6,10 +6,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import plan_check, tensor_operations
+from benchmarks import layer_step, plan_check, tensor_operations
 from dsa_jax.sharding import make_mesh
 from train.flops import step_work
 from train.plan import counted, search
+from train.plan.hardware import GPUS, Rates
 from train.start import plan
 
 
@@ -83,3 +84,22 @@ def test_arithmetic_is_within_ten_percent_of_what_was_compiled_and_measured(row)
     assert counted_bytes == pytest.approx(KEPT[row]["predicted"]["bytes"], rel=0.1)
     if "measured" in KEPT[row]:
         assert counted_bytes == pytest.approx(KEPT[row]["measured"]["peak_bytes"], rel=0.1)
+
+
+LAYERS = json.loads((Path(plan_check.__file__).parent / "results" / "plan_layers.json").read_text())
+
+
+@pytest.mark.parametrize("row", LAYERS)
+def test_rates_give_the_time_of_layers_that_were_measured(row):
+    """Of the rates as they are now: whoever changes one sees what it does to measured steps."""
+    name, gpu = row.rsplit(" ", 1)
+    case = next(case for case in layer_step.CASES if case.name == name)
+    config = layer_step.train_config(case, layer_step.layer_config())
+    rates, measured = Rates(), LAYERS[row]["measured"]
+    parts = [part for part in step_work(config) if part.name != "head"]
+    seconds = sum(part.total / getattr(rates, part.kind) / 1e12 for part in parts)
+    moved = LAYERS[row]["planned"]["other_bytes"]
+    seconds += moved / (GPUS[gpu].hbm_gbps * 1e9 * rates.hbm_share)
+    assert 1e3 * seconds == pytest.approx(measured["ms"], rel=0.13)
+    peak = measured["peak_gib_of_process"] * 2**30
+    assert LAYERS[row]["planned"]["bytes"] == pytest.approx(peak, rel=0.1)

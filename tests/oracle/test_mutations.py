@@ -51,8 +51,8 @@ def _rope_before_nope(m):
 def _values_before_keys(m):
     right = MLA._up_projections
 
-    def swapped(self):
-        w = jnp.concatenate(right(self), axis=-1)
+    def swapped(self, up):
+        w = jnp.concatenate(right(self, up), axis=-1)
         return w[..., self.config.v_head_dim :], w[..., : self.config.v_head_dim]
 
     m.setattr(MLA, "_up_projections", swapped)

@@ -28,6 +28,7 @@ from pallas_kernels.indexer_loss import (
     sparse_sums_sm90,
 )
 from pallas_kernels.indexer_loss.sparse_lists_sm90 import BLOCK
+from pallas_kernels.sparse_attention.backward_lists import ascending
 from pallas_kernels.tiling import vary_like
 
 KEYS = 64  # of a tile
@@ -89,7 +90,8 @@ def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret
     if 0 in (*indices.shape, rows):
         nothing, none = jnp.zeros(indices.shape, jnp.float32), jnp.zeros((batch, queries))
         return none, indices, none.astype(jnp.int32), nothing
-    indices, count = _in_order(indices, rows)
+    inside = (indices >= 0) & (indices < rows)
+    indices, count = ascending(indices, rows), inside.sum(axis=-1, dtype=jnp.int32)
     # More than 128 heads are as many queries with the same keys.
     split = -(-heads // HEADS)
     some = -(-heads // split // 64) * 64
@@ -199,20 +201,6 @@ def _lists(first, count, indices, interpret, **sizes):
     if interpret is None:
         return sparse_lists_sm90.pairs_by_block(first, count, indices, **sizes)
     return sparse_lists_sm90.twin(first, count, indices, **sizes)
-
-
-def _in_order(indices, rows: int):
-    """`(indices, count)`: in rising order and those outside `0 .. rows - 1` last; how many are not.
-
-    Selections usually are like this already.
-    """
-    inside = (indices >= 0) & (indices < rows)
-    keys = jnp.where(inside, indices, rows)
-    before = lax.pad(keys, jnp.int32(0), ((0, 0, 0), (0, 0, 0), (1, -1, 0)))
-    rises = jnp.all(keys >= before)
-    count = inside.sum(axis=-1, dtype=jnp.int32)
-    in_order = lax.cond(rises, lambda x: x, lambda x: lax.sort(x, dimension=2), keys)
-    return vary_like((in_order, count), indices)
 
 
 def _exists(count, indices):

@@ -66,6 +66,21 @@ def test_a_device_has_its_share_of_the_tokens():
     assert kept == 61 * 8192 * 7168 * 4
 
 
+def test_rows_to_experts_are_padded(monkeypatch):
+    """Of 8192 x 8 copies 256 are for each of 256 devices if routing is even, and 512 are sent."""
+    options = FLAGSHIP.resolved()
+    config = train_config(options, architecture(options.preset), options.mesh)
+
+    def bytes_sent():
+        [one] = [one for one in counted.traffic(config) if one.op == "all-to-all"]
+        return one.bytes_sent
+
+    trips = 5 * 58 * 30  # two forward, three backward; layers with experts; micro-batches
+    assert bytes_sent() == trips * 255 * 512 * 7168 * 2
+    monkeypatch.setattr(counted, "RAGGED", True)
+    assert bytes_sent() == trips * 255 * 256 * 7168 * 2
+
+
 def test_gradients_are_there_twice_while_a_batch_is_summed_up():
     options = FLAGSHIP.resolved()
     config = train_config(options, architecture(options.preset), options.mesh)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from dsa_jax.counts import attention_matrices, param_count
-from dsa_jax.expert_parallel import RAGGED, ROOM
+from dsa_jax.expert_parallel import RAGGED, ROOM, quota_of
 from dsa_jax.sharding import AXES, axes_tuple
 from train.config import TrainConfig
 from train.optimizer import make_optimizer
@@ -204,8 +204,10 @@ def traffic(config: TrainConfig, per_host: int = 8) -> list[Traffic]:
     layers, moe, micro = c.num_hidden_layers, len(c.moe_layers), config.micro_batches
     routed = moe * _expert_weights(config) / sizes["tensor"]
     rest = (param_count(c).main - moe * _all_experts(config)) / sizes["tensor"]
-    padded = 1 if RAGGED else min(ROOM, _dealt(config))
-    copies = padded * t * c.num_experts_per_tok * c.hidden_size
+    dealt, copies = _dealt(config), t * c.num_experts_per_tok
+    if dealt > 1 and not RAGGED:  # a full quota to each device
+        copies = dealt * quota_of(copies, dealt)
+    copies *= c.hidden_size
     keys = t * ways(config.mesh, 1) * (c.latent_dim + (c.index_head_dim or 0))
     heads = t * c.hidden_size
     wanted = [

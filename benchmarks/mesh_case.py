@@ -60,12 +60,20 @@ class Sizes(NamedTuple):
     length: int
 
 
-def sizes(name: str) -> Sizes:
+# Layers, and experts of each. A large model is one that no H200 can train alone: `--needs` says by
+# how much. Warm-up keeps masters only, a third of the state, so its model is the larger one.
+_SIZES = {
+    ("small", Stage.SPARSE): (3, 16),
+    ("small", Stage.WARMUP): (3, 16),
+    ("large", Stage.SPARSE): (6, 56),
+    ("large", Stage.WARMUP): (24, 56),
+}
+
+
+def sizes(name: str, stage: Stage) -> Sizes:
     """Layers of DeepSeek-V3.2-Exp at 4096 wide, with fewer and narrower experts.
 
-    Attention and indexer have its sizes but for `index_topk`. Masters, AdamW and gradients of the
-    large one take 16 bytes for each of 6.2e9 parameters, and a step's temporaries about as much
-    again: more than an H200 has.
+    Attention and indexer have its sizes but for `index_topk`.
     """
     if name == "exact":
         return Sizes(presets.get("tiny").replace(num_hidden_layers=2), 4, 256)
@@ -83,7 +91,7 @@ def sizes(name: str) -> Sizes:
         index_topk=1024,
         num_nextn_predict_layers=0,
     )
-    layers, experts = {"small": (3, 16), "large": (6, 40)}[name]
+    layers, experts = _SIZES[name, stage]
     return Sizes(layer.replace(num_hidden_layers=layers, n_routed_experts=experts), 2, 8192)
 
 
@@ -103,9 +111,10 @@ class Program(NamedTuple):
 
 def train_config(case: Case, mesh: str) -> TrainConfig:
     """What a run of the stage would be configured as."""
-    given = sizes(case.model)
+    stage = Stage(case.stage)
+    given = sizes(case.model, stage)
     return TrainConfig(
-        stage=Stage(case.stage),
+        stage=stage,
         model=given.model,
         mesh=MESHES[mesh],
         batch_size=given.batch,
@@ -174,17 +183,51 @@ def lowered(
         return run, made, trace_step(run).lower(**options)
 
 
-def prepare(case: Case, folder: Path) -> None:
-    """Compiles a case for two H200s on a machine that has none, and keeps its programs."""
+def ahead(case: Case, mesh: str) -> tuple[Plan, jax.stages.Lowered, jax.stages.Lowered]:
+    """`lowered` for H200s that are not here."""
     from train.plan.hardware import GPUS
     from train.plan.worker import Job, devices
 
-    expert_parallel.RAGGED = case.ragged
+    switch(case)
+    config = train_config(case, mesh)
+    absent = devices(Job(config, GPUS["h200"].target, per_host=8))
+    with dispatch.kernels(True):
+        return lowered(config, absent)
+
+
+def switch(case: Case) -> None:
+    """Sets how rows travel to their experts."""
+    expert_parallel.RAGGED, expert_parallel.ROOM = case.ragged, case.room
+
+
+def needs(case: Case) -> dict[str, Any]:
+    """What a step of the case needs, of each GPU, as the compiler says without one.
+
+    More than the GPU has is an answer too: the program is compiled, not run.
+    """
+    from train.plan.hardware import GPUS
+
+    run, _, step = ahead(case, case.mesh)
+    row = memory_of(run, step.compile())
+    total = row["state_gb"] + row["temporary_gb"]
+    have = GPUS["h200"].memory / 1e9
+    return row | {"needed_gb": total, "gpu_gb": have, "fits": total <= have}
+
+
+def memory_of(run: Plan, step: jax.stages.Compiled) -> dict[str, Any]:
+    """Parameters, and what one GPU holds of a step's state and temporaries."""
+    memory: Any = step.memory_analysis()
+    return {
+        "parameters": sum(math.prod(x.shape) for x in run.skeleton.shapes.values()),
+        "state_gb": memory.argument_size_in_bytes / 1e9,
+        "temporary_gb": memory.temp_size_in_bytes / 1e9,
+    }
+
+
+def prepare(case: Case, folder: Path) -> None:
+    """Compiles a case for two H200s on a machine that has none, and keeps its programs."""
     for mesh in case.meshes:
-        config = train_config(case, mesh)
-        absent = devices(Job(config, GPUS["h200"].target, per_host=8))
-        with dispatch.kernels(True):
-            _, *programs = lowered(config, absent)
+        _, *programs = ahead(case, mesh)
         kept = [serialize_executable.serialize(program.compile()) for program in programs]
         folder.mkdir(parents=True, exist_ok=True)
         _file(case, mesh, folder).write_bytes(lzma.compress(pickle.dumps(kept)))
@@ -236,6 +279,10 @@ class _Stepping(jax.stages.Wrapped):
         raise NotImplementedError
 
 
+# In the names of NCCL's kernels, and of XLA's own that wait for another GPU.
+_COLLECTIVES = ("nccl", "raggedalltoall", "ragged_all", "multigpubarrier", "multi_gpu_barrier")
+
+
 def profile(stepping: _Stepping, devices: int) -> dict[str, Any]:
     """Milliseconds a GPU spends in a step's NCCL kernels, and in others; nothing without CUPTI."""
     if jax.default_backend() != "gpu":
@@ -247,13 +294,17 @@ def profile(stepping: _Stepping, devices: int) -> dict[str, Any]:
         return {}
     times = {"communication_ms": 0.0, "compute_ms": 0.0}
     collectives: dict[str, float] = {}
+    others: dict[str, float] = {}
     for name, ms in kernels:  # pyright: ignore[reportGeneralTypeIssues]
-        moves = any(word in name.lower() for word in ("nccl", "raggedalltoall", "ragged_all"))
+        moves = any(word in name.lower() for word in _COLLECTIVES)
         times["communication_ms" if moves else "compute_ms"] += ms / devices
-        if moves:
-            short = name.split("(")[0][:60]
-            collectives[short] = collectives.get(short, 0.0) + ms / devices
-    return times | {"collectives_ms": collectives}
+        short, kind = name.split("(")[0][:60], collectives if moves else others
+        kind[short] = kind.get(short, 0.0) + ms / devices
+    longest = sorted(others, key=lambda name: -others[name])[:8]
+    return times | {
+        "collectives_ms": collectives,
+        "longest_ms": {name: others[name] for name in longest},
+    }
 
 
 def measure(program: Program, given: Sizes, steps: int) -> dict[str, Any]:
@@ -278,15 +329,9 @@ def measure(program: Program, given: Sizes, steps: int) -> dict[str, Any]:
     if "compute_ms" in row:
         row["communication_share"] = row["communication_ms"] / row["step_ms"]
         row["exposed_share"] = max(0.0, 1 - row["compute_ms"] / row["step_ms"])
-    memory: Any = program.step.memory_analysis()
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in mesh.devices.flat]
-    return row | {
-        "parameters": sum(math.prod(x.shape) for x in program.plan.skeleton.shapes.values()),
-        "state_gb": memory.argument_size_in_bytes / 1e9,
-        "temporary_gb": memory.temp_size_in_bytes / 1e9,
-        "peak_gb": max(peaks) / 1e9,
-        "finite": bool(np.isfinite(losses).all()),
-    }
+    row |= memory_of(program.plan, program.step)
+    return row | {"peak_gb": max(peaks) / 1e9, "finite": bool(np.isfinite(losses).all())}
 
 
 def resumed(two: Program, one: Program, given: Sizes) -> dict[str, Any]:
@@ -333,8 +378,8 @@ def run(case: Case, ready: Callable[[], None] = lambda: None) -> dict[str, Any]:
         case: which.
         ready: called when all is compiled; when it returns, the GPUs are this case's.
     """
-    given = sizes(case.model)
-    expert_parallel.RAGGED = case.ragged
+    given = sizes(case.model, Stage(case.stage))
+    switch(case)
     programs = [program_of(case, mesh) for mesh in case.meshes]
     introduce(programs[0].plan.mesh)
     ready()
@@ -365,6 +410,8 @@ def main(case: Case) -> None:
 if __name__ == "__main__":
     if sys.argv[2:3] == ["--prepare"]:
         prepare(Case(**json.loads(sys.argv[1])), Path(sys.argv[3]))
+    elif sys.argv[2:3] == ["--needs"]:
+        print(json.dumps(needs(Case(**json.loads(sys.argv[1])))), flush=True)
     else:
         main(Case(**json.loads(sys.argv[1])))
     sys.stdout.flush()

@@ -2,17 +2,20 @@
 
     python -m benchmarks.two_gpus --json FILE
     python -m benchmarks.two_gpus --tiny --json FILE       # the same on two CPU devices
+    python -m benchmarks.two_gpus --needs --json FILE      # memory of the large models, without GPU
 
-Five parts:
+Six parts:
 
 - `exact`: a tiny model in fp32, whose losses are equal but for the order of sums.
 - `small`: a model that one GPU holds too, by fsdp 2, expert 2 and context 2. The losses of the
   first steps are compared with those of one GPU, and so is the speed: scaling efficiency is the
   time of a step on one GPU over twice that on two.
 - `checkpoint`: a state saved on two GPUs and resumed on one; both take one more step.
-- `large`: a model whose training state is larger than one GPU.
+- `large`: for each stage a model that one GPU cannot train. `--needs` compiles it for one GPU and
+  for two, and says what each needs. Losses of the meshes are compared with those of the first.
 - `overlap`: the small model's sparse stage on two GPUs under options of the compiler that let
-  collectives run beside computation.
+  collectives run beside computation: fsdp 2 under all of them, other meshes under some.
+- `rows`: the small model's sparse stage by expert 2, and other ways of the rows to their experts.
 
 Each row of the result has the wall time of a step, and what CUPTI saw of one: the time in NCCL's
 kernels and in all others, a GPU's mean. Communication is exposed where a step takes longer than
@@ -45,7 +48,7 @@ from typing import Any
 FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
 MESHES = ("fsdp 2", "expert 2", "context 2")
 STAGES = ("sparse", "warmup")
-PARTS = ("exact", "small", "checkpoint", "large", "overlap")
+PARTS = ("exact", "small", "checkpoint", "large", "overlap", "rows")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Case:
         options: of the compiler, as `XLA_FLAGS` names them.
         label: of the options.
         ragged: whether rows travel to their experts by `ragged_all_to_all`.
+        room: `expert_parallel.ROOM`.
         variables: of the process's environment.
         steps: to run, the first untimed.
         programs: folder with programs that `--prepare` has compiled.
@@ -70,6 +74,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     label: str = ""
     ragged: bool = False
+    room: float = 2.0
     variables: dict[str, str] = field(default_factory=dict)
     steps: int = 4
     programs: str = ""
@@ -132,6 +137,20 @@ OVERLAP: dict[str, dict[str, Any]] = {
     "not combined": _combined(0),
     "combined to 1 GB": _combined(2**30),
 }
+# What meshes other than fsdp 2 are compiled with, beside what they have in part `small`.
+OVERLAP_ELSEWHERE = ("nothing async", "pipelined, double buffering", "not combined")
+
+# Label -> fields of a case. With two devices and room for two there is one round always; with less
+# room there are more, of fewer rows.
+ROWS: dict[str, dict[str, Any]] = {
+    "room 1.1": {"room": 1.1},
+    "room 0.6": {"room": 0.6},
+    "ragged": {"ragged": True},
+    "ragged, kernels loaded at once": {
+        "ragged": True,
+        "variables": {"CUDA_MODULE_LOADING": "EAGER"},
+    },
+}
 
 
 def cases(
@@ -160,6 +179,12 @@ def cases(
             Case(small, stages[0], mesh, options, label, steps=steps)
             for mesh in meshes
             for label, options in OVERLAP.items()
+            if mesh == MESHES[0] or label in OVERLAP_ELSEWHERE
+        ]
+    if "rows" in parts:
+        todo += [
+            Case(small, stages[0], "expert 2", label=label, steps=steps, **fields)
+            for label, fields in ROWS.items()
         ]
     return todo
 
@@ -247,13 +272,13 @@ class Report:
             draft.replace(self.path)
 
 
-def compare(row: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
-    """A row on two devices beside that on one."""
-    differences = [abs(a / b - 1) for a, b in zip(row["losses"], one["losses"], strict=True)]
-    return row | {
-        "loss_differences": differences,
-        "scaling_efficiency": one["step_ms"] / (2 * row["step_ms"]),
-    }
+def compare(row: dict[str, Any], other: dict[str, Any], base: str = "one") -> dict[str, Any]:
+    """A row on two devices beside that on the mesh `base`."""
+    differences = [abs(a / b - 1) for a, b in zip(row["losses"], other["losses"], strict=True)]
+    row = row | {"loss_differences": differences, "loss_differences_from": base}
+    if base == "one":
+        row["scaling_efficiency"] = other["step_ms"] / (2 * row["step_ms"])
+    return row
 
 
 def prepare(todo: Sequence[Case], folder: Path) -> int:
@@ -268,8 +293,33 @@ def prepare(todo: Sequence[Case], folder: Path) -> int:
     return 0
 
 
+def report_needs(stages: Sequence[str], meshes: Sequence[str], tiny: bool, report: Report) -> None:
+    """What the large models need of each GPU, on one and on two."""
+    for stage in stages:
+        for mesh in ("one", *meshes):
+            case = Case("tiny" if tiny else "large", stage, mesh)
+            env = os.environ | environment_of(case) | {"JAX_PLATFORMS": "cpu"}
+            command = [*PROGRAM, json.dumps(dataclasses.asdict(case)), "--needs"]
+            said = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+            report.add(case.name, json.loads(said.stdout.splitlines()[-1]))
+
+
+def quiet(seconds: float) -> None:
+    """Waits until nobody uses the GPUs, or so long."""
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    until, idle = time.perf_counter() + seconds, 0
+    while idle < 3 and time.perf_counter() < until:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        idle = idle + 1 if all(float(line) < 3 for line in said.split()) else 0
+        time.sleep(0.5)
+
+
 def run(
-    todo: Sequence[Case], folder: Path, report: Report, limits: tuple[float, float, float]
+    todo: Sequence[Case],
+    folder: Path,
+    report: Report,
+    limits: tuple[float, float, float],
+    patience: float = 0,
 ) -> None:
     """Compiles all cases at once and runs them in turn.
 
@@ -278,6 +328,7 @@ def run(
         folder: for their logs.
         report: where rows go.
         limits: seconds for compiling, from now, and for each turn; after which none begins.
+        patience: seconds to wait for the GPUs to be idle before the first turn.
     """
     workers = [Worker(case, folder / f"{case.name.replace(' ', '-')}.log") for case in todo]
     until = time.perf_counter() + limits[0]
@@ -291,10 +342,14 @@ def run(
             report.add(case.name, heard["row"])
             continue
         report.say(f"{case.name}: ready after {heard['ready']:.1f} s")
+        if patience:
+            quiet(patience)
+            patience = 0
         row = worker.turn(limits[1])
-        one = report.rows["cases"].get(f"{case.model} {case.stage} one")
-        compares = one and "losses" in row and "losses" in one and case.mesh != "one"
-        report.add(case.name, compare(row, one) if compares else row)
+        base = "one" if case.model != "large" else MESHES[0]
+        one = report.rows["cases"].get(f"{case.model} {case.stage} {base}")
+        compares = one and "losses" in row and "losses" in one and case.mesh != base
+        report.add(case.name, compare(row, one, base) if compares else row)
 
 
 def _environment() -> dict[str, Any]:
@@ -316,11 +371,13 @@ def main() -> int:
     parser.add_argument("--meshes", nargs="+", choices=MESHES, default=MESHES)
     parser.add_argument("--steps", type=int, default=4, help="of each case, the first untimed")
     parser.add_argument("--logs", type=Path, default=Path("."), help="folder for the cases' logs")
+    parser.add_argument("--needs", action="store_true", help="memory of the large models")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER")
     parser.add_argument("--programs", type=Path, metavar="FOLDER")
     parser.add_argument("--seconds", type=float, default=600, help="begin no turn after these")
     parser.add_argument("--compile-seconds", type=float, default=300)
     parser.add_argument("--turn-seconds", type=float, default=60)
+    parser.add_argument("--quiet-seconds", type=float, default=0, help="to wait for idle GPUs")
     options = parser.parse_args()
     options.logs.mkdir(parents=True, exist_ok=True)
     todo = cases(options.parts, options.stages, options.meshes, options.tiny, options.steps)
@@ -329,13 +386,16 @@ def main() -> int:
     if options.programs:
         todo = [dataclasses.replace(case, programs=str(options.programs)) for case in todo]
     report = Report(options.json, {})
+    if options.needs:
+        report_needs(options.stages, options.meshes, options.tiny, report)
+        return 0
     # A CPU compiles one case at a time.
     groups = [[case] for case in todo] if options.tiny else [todo]
     asked = threading.Thread(target=lambda: report.rows.update(environment=_environment()))
     asked.start()
     for group in groups:
         limits = options.compile_seconds, options.turn_seconds, options.seconds
-        run(group, options.logs, report, limits)
+        run(group, options.logs, report, limits, options.quiet_seconds)
     asked.join()
     report.add("seconds", {"total": report.seconds()})
     return int(any("failed" in row for row in report.rows["cases"].values()))

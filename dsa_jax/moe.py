@@ -199,7 +199,12 @@ class Experts(nnx.Module):
                 w = w.astype(self.dtype)
             if not axes or "X" not in letters:
                 return w
-            return lax.all_gather(w, axes, axis=letters.index("X"), tiled=True)
+            # Gathered in front and moved after: a gather along an inner dimension wants its operand
+            # with that dimension outermost, and the compiler would turn the masters of all layers,
+            # a copy as large as they are, before the scan over layers.
+            parts, at = lax.all_gather(w, axes), letters.index("X")
+            shape = (*w.shape[:at], -1, *w.shape[at + 1 :])
+            return jnp.moveaxis(parts, 0, at).reshape(shape)
 
         return jax.tree_util.tree_map_with_path(leaf, self)
 

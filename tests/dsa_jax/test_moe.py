@@ -1,16 +1,19 @@
 """Routing by hand, and the sorted computation against one expert at a time."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from small_models import jit
 
 from dsa_jax import presets
 from dsa_jax.config import Numerics
 from dsa_jax.moe import MoE, Routing, SwiGLU, combined, copies, dispatch, gate_product, route
-from dsa_jax.sharding import MeshConfig, make_mesh
+from dsa_jax.sharding import MeshConfig, make_mesh, path_name
 
 TINY = presets.get("tiny")  # 8 experts in 4 groups, 2 groups eligible, 2 experts a token
 
@@ -239,3 +242,25 @@ def test_rounding_the_experts_sum():
     once, twice = both
     assert 0 < (once != twice).mean() < 0.5
     np.testing.assert_allclose(once, twice, rtol=2**-7, atol=2**-8 * np.abs(once).max())
+
+
+def test_experts_are_gathered_along_an_outermost_dimension():
+    """Else XLA for GPUs turns the masters of all layers before their scan, into a second copy."""
+    experts = MoE(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.float32).experts
+    cut = {
+        "gate_proj": P(None, "fsdp"),
+        "up_proj": P(None, "fsdp"),
+        "down_proj": P(None, None, "fsdp"),
+    }
+    specs = jax.tree_util.tree_map_with_path(lambda path, _: cut[path_name(path)], experts)
+    mesh = make_mesh(MeshConfig(fsdp=4))
+    whole = jax.jit(
+        jax.shard_map(lambda e: e.whole(("fsdp",)), mesh=mesh, in_specs=(specs,), out_specs=specs)
+    )
+    text = whole.lower(experts).as_text()
+    assert re.findall(r"all_gather_dim = (\d)", text) == ["0", "0", "0"]
+    # Each device's result is everything; cut again as if it were its own part, four times that.
+    for name, spec in cut.items():
+        w = np.asarray(getattr(experts, name)[...].astype(jnp.bfloat16))
+        found = np.asarray(getattr(whole(experts), name)[...])
+        np.testing.assert_array_equal(found, np.concatenate([w] * 4, axis=len(spec) - 1))

@@ -1,17 +1,36 @@
 """The benchmark of two GPUs, on two CPU devices, and its processes."""
 
+import json
 import sys
 
 import pytest
 
+from benchmarks import two_gpus
 from benchmarks.mesh_case import run
-from benchmarks.two_gpus import OVERLAP, PARTS, Case, Worker, cases, compare
+from benchmarks.two_gpus import (
+    OVERLAP,
+    OVERLAP_ELSEWHERE,
+    PARTS,
+    ROWS,
+    Case,
+    Report,
+    Worker,
+    cases,
+    compare,
+    report_needs,
+)
 
 ANSWERS = """
 print('{"ready": 0.5}', flush=True)
 assert input() == "go"
 print("not JSON")
 print('{"row": {"losses": [3.0, 2.0], "step_ms": 4.0}}', flush=True)
+"""
+NEEDS = """
+import json, sys
+case = json.loads(sys.argv[1])
+assert sys.argv[2] == "--needs"
+print(json.dumps({"stage": case["stage"], "mesh": case["mesh"]}))
 """
 HANGS = """
 import faulthandler, signal, time
@@ -33,6 +52,10 @@ def test_a_case_has_its_turn(tmp_path):
     beside = compare(row, {"losses": [3.0, 2.5], "step_ms": 6.0})
     assert beside["loss_differences"] == [0, pytest.approx(0.2)]
     assert beside["scaling_efficiency"] == 0.75
+    # Two meshes of two GPUs have nothing to scale against.
+    beside = compare(row, {"losses": [3.0, 2.5], "step_ms": 6.0}, "fsdp 2")
+    assert beside["loss_differences_from"] == "fsdp 2"
+    assert "scaling_efficiency" not in beside
 
 
 def test_a_case_that_hangs_says_where(tmp_path):
@@ -52,11 +75,27 @@ def test_a_case_that_fails_says_why(tmp_path):
 def test_every_case_is_there_once_and_one_gpu_comes_first():
     todo = cases(PARTS, ("sparse", "warmup"), ("fsdp 2", "context 2"), tiny=False, steps=4)
     names = [case.name for case in todo]
-    assert len(set(names)) == len(names) == 6 + 6 + 1 + 4 + 2 * len(OVERLAP)
+    overlap = len(OVERLAP) + len(OVERLAP_ELSEWHERE)
+    assert len(set(names)) == len(names) == 6 + 6 + 1 + 4 + overlap + len(ROWS)
     assert names.index("small warmup one") < names.index("small warmup context 2")
     # Each set of options differs from that of the scheduler alone by what it is named for.
     options = [tuple(case.options.items()) for case in todo if case.label and "fsdp" in case.mesh]
     assert len(set(options)) == len(OVERLAP)
+
+
+def test_large_models_need_two_gpus(tmp_path, monkeypatch):
+    """What is compiled and said; the sizes themselves only a compiler for GPUs can check."""
+    monkeypatch.setattr(two_gpus, "PROGRAM", (sys.executable, "-c", NEEDS))
+    report = Report(tmp_path / "needs.json", {})
+    report_needs(("sparse", "warmup"), ("fsdp 2",), False, report)
+    rows = json.loads((tmp_path / "needs.json").read_text())["cases"]
+    assert list(rows) == [
+        "large sparse one",
+        "large sparse fsdp 2",
+        "large warmup one",
+        "large warmup fsdp 2",
+    ]
+    assert rows["large warmup fsdp 2"] == {"stage": "warmup", "mesh": "fsdp 2"}
 
 
 def test_what_is_saved_on_two_devices_goes_on_on_one():

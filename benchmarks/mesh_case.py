@@ -242,10 +242,17 @@ def program_of(case: Case, mesh: str) -> Program:
     """Compiles a case, or loads what was compiled for it."""
     config = train_config(case, mesh)
     file = _file(case, mesh, Path(case.programs))
-    if not case.programs or not file.exists():
-        run, *programs = lowered(config)
-        return Program(run, *(program.compile() for program in programs))
-    say(f"loading {file.name}")
+    if case.programs and file.exists():
+        say(f"loading {file.name}")
+        try:
+            return _loaded(config, file)
+        except Exception as error:  # it was compiled for another version or GPU
+            say(f"not loaded, so compiled: {type(error).__name__}: {str(error)[:500]}")
+    run, *programs = lowered(config)
+    return Program(run, *(program.compile() for program in programs))
+
+
+def _loaded(config: TrainConfig, file: Path) -> Program:
     here = make_mesh(config.mesh)
     with jax.set_mesh(here):
         run = plan(config, here)

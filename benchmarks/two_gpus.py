@@ -238,10 +238,12 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
-        row = self.hear(seconds)["row"]
+        return self.hear(seconds)["row"]
+
+    def end(self) -> None:
+        """Ends its process."""
         self.process.kill()
         self.process.wait()
-        return row
 
     def _tail(self) -> str:
         return self.log.read_text(errors="replace")[-2000:]
@@ -266,6 +268,10 @@ class Report:
         """Adds a row."""
         self.rows["cases"][name] = row
         self.say(f"{name}: {json.dumps(row)}")
+        self.write()
+
+    def write(self) -> None:
+        """Replaces the file by what is known now."""
         if self.path is not None:
             draft = self.path.with_suffix(".part")
             draft.write_text(json.dumps(self.rows, indent=1) + "\n")
@@ -321,7 +327,7 @@ def run(
     limits: tuple[float, float, float],
     patience: float = 0,
 ) -> None:
-    """Compiles all cases at once and runs them in turn.
+    """Compiles all cases at once and runs them one after the other, as they become ready.
 
     Args:
         todo: the cases.
@@ -330,26 +336,49 @@ def run(
         limits: seconds for compiling, from now, and for each turn; after which none begins.
         patience: seconds to wait for the GPUs to be idle before the first turn.
     """
-    workers = [Worker(case, folder / f"{case.name.replace(' ', '-')}.log") for case in todo]
+    waiting = [Worker(case, folder / f"{case.name.replace(' ', '-')}.log") for case in todo]
     until = time.perf_counter() + limits[0]
-    for worker in workers:
+    while waiting:
+        worker = next_ready(waiting, until)
+        waiting.remove(worker)
         case = worker.case
-        if report.seconds() > limits[2]:
-            report.add(case.name, {"skipped": "out of time"})
-            continue
-        heard = worker.hear(until - time.perf_counter())
+        heard = worker.hear(0)
         if "row" in heard:
             report.add(case.name, heard["row"])
+        elif report.seconds() > limits[2]:
+            report.add(case.name, {"skipped": "out of time"})
+        else:
+            report.say(f"{case.name}: ready after {heard['ready']:.1f} s")
+            if patience:
+                quiet(patience)
+                patience = 0
+            report.add(case.name, worker.turn(limits[1]))
+        worker.end()
+    add_comparisons(report)
+
+
+def next_ready(waiting: Sequence[Worker], until: float) -> Worker:
+    """The first of those that wait for their turn; after `until` the first of all."""
+    while time.perf_counter() < until:
+        for worker in waiting:
+            if not worker.said.empty():
+                return worker
+        time.sleep(0.05)
+    return waiting[0]
+
+
+def add_comparisons(report: Report) -> None:
+    """Compares with one GPU, and meshes of a model that needs two with each other."""
+    rows = report.rows["cases"]
+    for name, row in rows.items():
+        if "losses" not in row:
             continue
-        report.say(f"{case.name}: ready after {heard['ready']:.1f} s")
-        if patience:
-            quiet(patience)
-            patience = 0
-        row = worker.turn(limits[1])
-        base = "one" if case.model != "large" else MESHES[0]
-        one = report.rows["cases"].get(f"{case.model} {case.stage} {base}")
-        compares = one and "losses" in row and "losses" in one and case.mesh != base
-        report.add(case.name, compare(row, one, base) if compares else row)
+        case = row["case"]
+        base = "one" if case["model"] != "large" else MESHES[0]
+        other = rows.get(f"{case['model']} {case['stage']} {base}", {})
+        if "losses" in other and case["mesh"] != base:
+            rows[name] = compare(row, other, base)
+    report.write()
 
 
 def _environment() -> dict[str, Any]:

@@ -1,7 +1,11 @@
 """The benchmark of two GPUs, on two CPU devices, and its processes."""
 
 import json
+import queue
 import sys
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,6 +21,7 @@ from benchmarks.two_gpus import (
     Worker,
     cases,
     compare,
+    next_ready,
     report_needs,
 )
 
@@ -48,6 +53,7 @@ def test_a_case_has_its_turn(tmp_path):
     case = worker(tmp_path, ANSWERS)
     assert case.hear(20) == {"ready": 0.5}
     row = case.turn(20)
+    case.end()
     assert row == {"losses": [3.0, 2.0], "step_ms": 4.0}
     beside = compare(row, {"losses": [3.0, 2.5], "step_ms": 6.0})
     assert beside["loss_differences"] == [0, pytest.approx(0.2)]
@@ -64,7 +70,19 @@ def test_a_case_that_hangs_says_where(tmp_path):
     failed = case.turn(0.5)["failed"]
     assert "silent for 0 s" in failed
     assert "in <module>" in failed
+    case.end()
     assert case.process.returncode is not None
+
+
+def test_who_is_ready_first_goes_first():
+    slow, quick, late = (SimpleNamespace(said=queue.Queue()) for _ in range(3))
+    quick.said.put({"ready": 1.0})
+    waiting: Any = [slow, quick, late]
+    assert next_ready(waiting, time.perf_counter() + 5) is quick
+    slow.said.put({"ready": 2.0})
+    assert next_ready(waiting, time.perf_counter() + 5) is slow
+    # Nobody is, and there is no more time: the first one is asked what keeps it.
+    assert next_ready(waiting[2:], time.perf_counter()) is late
 
 
 def test_a_case_that_fails_says_why(tmp_path):

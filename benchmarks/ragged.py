@@ -211,8 +211,8 @@ def work(variant: Variant, number: int, port: int, given: dict[str, Any]) -> Non
     programs = _exchanges(given["rows"], given["width"])
     programs["routed"] = _routed(64, 16)
     for kind in given["kinds"]:
-        function, arguments = programs[kind]
         say(at=f"compiling {kind}")
+        function, arguments = programs[kind]
         padded, ragged = (_compiled(function, arguments, way) for way in (False, True))
         want = got = jax.block_until_ready(padded())
         say(at=kind)
@@ -289,8 +289,9 @@ def watch(name: str, given: dict[str, Any], silence: float, logs: Path) -> dict[
             break
         if heard is None:
             if status := processes[0].wait():
-                tail = files[0].read_text(errors="replace")[-1500:]
-                row |= {"stopped_at": at, "why": f"ended with status {status}: {tail}"}
+                lines = files[0].read_text(errors="replace").splitlines()
+                errors = [line for line in lines if "Error: " in line] or lines[-3:] or [""]
+                row |= {"stopped_at": at, "why": f"status {status}: {errors[0][:600]}"}
             break
         at = heard.get("at", at)
         if "done" in heard:

@@ -10,7 +10,7 @@ rounds as the fullest pair of devices needs. One does where routing is balanced;
 dropped, whatever the routing, and memory is bounded by the quota.
 
 An `all_to_all` of full quotas moves them. `jax.lax.ragged_all_to_all` would move only the rows that
-there are, but does not return on two GPUs (`RAGGED`).
+there are, but is slower where it was measured, and a training step by it hung (`RAGGED`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from pallas_kernels.tiling import vary_like
 ROOM = 2.0
 
 # Whether a GPU moves only the rows there are, half of a quota where routing is even. Off: with jax
-# 0.11.2 and two H200s in one process the step hung in its first `ragged_all_to_all`.
+# 0.11.2 and two H200s in one process the first training step did not return, though all that
+# `benchmarks.ragged` tries did; XLA's kernel took longer than an `all_to_all` of full quotas; and
+# with a process for each GPU XLA refuses it.
 RAGGED = False
 
 Axes = tuple[str, ...]

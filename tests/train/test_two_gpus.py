@@ -7,9 +7,10 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks import two_gpus
+from benchmarks import ragged, two_gpus
 from benchmarks.mesh_case import run
 from benchmarks.two_gpus import (
     OVERLAP,
@@ -121,3 +122,26 @@ def test_what_is_saved_on_two_devices_goes_on_on_one():
     assert row["bit_equal"]
     # bf16 products of halves of a batch; a state that was not restored starts from another KL.
     assert row["relative_difference"] < 1e-4, row
+
+
+def test_ragged_exchanges_are_watched(tmp_path):
+    """On CPUs both ways are the padded one: that it runs, compares, and says where it stopped."""
+    kinds = ("rows", "numbers", "none")
+    given = {"rows": 64, "width": 8, "kinds": kinds, "timed": False, "tiny": True}
+    row = ragged.watch("as it is", given, 100, tmp_path)
+    assert row == {
+        "difference": {"rows": 0, "numbers": 0},
+        "stopped_at": "compiling none",
+        "why": "status 1: KeyError: 'none'",
+    }
+
+
+def test_exchanges_tell_rows_apart():
+    """Runs of unlike lengths that lie close on the other side, and no row twice."""
+    _, (x, first, send, there, receive) = ragged._exchanges(64, 8)["numbers"]
+    send, there = send.reshape(2, 2), there.reshape(2, 2)
+    assert send[0, 0] != send[0, 1] and send[0, 1] != send[1, 0]
+    np.testing.assert_array_equal(receive.reshape(2, 2), send.T)
+    np.testing.assert_array_equal(there[1], there[0] + send[0])
+    assert (first.reshape(2, 2)[:, 1] == send[:, 0]).all()
+    assert len(np.unique(x)) == len(x)

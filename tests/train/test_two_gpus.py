@@ -140,7 +140,8 @@ def test_exchanges_tell_rows_apart():
     """Runs of unlike lengths that lie close on the other side, and no row twice."""
     _, (x, first, send, there, receive) = ragged._exchanges(64, 8)["numbers"]
     send, there = send.reshape(2, 2), there.reshape(2, 2)
-    assert send[0, 0] != send[0, 1] and send[0, 1] != send[1, 0]
+    assert send[0, 0] != send[0, 1]
+    assert send[0, 1] != send[1, 0]
     np.testing.assert_array_equal(receive.reshape(2, 2), send.T)
     np.testing.assert_array_equal(there[1], there[0] + send[0])
     assert (first.reshape(2, 2)[:, 1] == send[:, 0]).all()

@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 
 from dsa_jax.config import Fp8Weights
-from dsa_jax.linear import fp8_matmul, Linear, wide_product
+from dsa_jax.linear import Linear, fp8_matmul, wide_product
 from dsa_jax.quantization import weight_quant
 
 

@@ -3,14 +3,16 @@
     python -m benchmarks.plan_check predict --case sparse-8k --json FILE --programs FOLDER
     python -m benchmarks.plan_check measure --case sparse-8k --json FILE --programs FOLDER
     ncu COUNTERS python -m benchmarks.plan_check count --case sparse-8k --json FILE
+    python -m benchmarks.plan_check add --case sparse-8k --json FILE OTHER.json
     python -m benchmarks.plan_check show --json FILE
 
 A case is a whole training step of DeepSeek-V3.2-Exp with fewer layers and experts and a vocabulary
 of 16,384, everything else as it is. `predict` plans it without a GPU and keeps the program that was
 compiled for the absent one. `measure` runs that program on one GPU and reads the allocator's peak
 and the clock, or without `--programs` compiles the step where the GPU is; `--profile` lists its
-kernels. `count` runs one step for NVIDIA's profiler (`benchmarks/tensor_operations.py` reads what
-that counted). Peaks are of a process, so a process takes one case.
+kernels. `count` runs steps for NVIDIA's profiler (`benchmarks/tensor_operations.py` reads what
+that counted). `add` takes a case over from another such file. Peaks are of a process, so a process
+takes one case.
 """
 
 from __future__ import annotations
@@ -227,10 +229,11 @@ def kernels(launches: list[tuple[str, float]]) -> list[tuple[str, int, float]]:
     return sorted(found, key=lambda kernel: -kernel[2])
 
 
-def count(case: Case, gpu: GpuName, program: Path | None, turn: Path | None) -> None:
-    """Runs two steps, the second between the calls that tell a profiler to listen."""
+def count(case: Case, gpu: GpuName, program: Path | None, turn: Path | None, steps: int) -> None:
+    """Runs some steps, the last between the calls that tell a profiler to listen."""
     step = Running(case, gpu, program, turn)
-    step()
+    for _ in range(steps - 1):
+        step()
     driver = ctypes.CDLL("libcuda.so.1")
     driver.cuProfilerStart()
     step()
@@ -291,6 +294,11 @@ def show(rows: dict[str, Any]) -> None:
             )
 
 
+def add(rows: dict[str, Any], name: str, other: Path) -> None:
+    """Takes over what another file has of a row: what was predicted, measured or counted."""
+    rows[name] = rows.get(name, {}) | json.loads(other.read_text())[name]
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
@@ -298,7 +306,8 @@ def _say(text: str) -> None:
 def main() -> None:
     """Predicts, or measures and compares."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("predict", "measure", "count", "show"))
+    parser.add_argument("what", choices=("predict", "measure", "count", "add", "show"))
+    parser.add_argument("other", type=Path, nargs="?", help="to add a case from")
     parser.add_argument("--case", choices=CASES, default="sparse-8k")
     parser.add_argument("--gpu", default="h100", choices=("h100", "h200"))
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
@@ -318,12 +327,13 @@ def main() -> None:
             "measured",
             measure(case, given.gpu, program, given.turn, given.steps, given.profile),
         ),
-        "count": lambda: count(case, given.gpu, program, given.turn),
+        "count": lambda: count(case, given.gpu, program, given.turn, given.steps),
+        "add": lambda: add(rows, name, given.other),
         "show": lambda: None,
     }
     acts[given.what]()
     show(rows if given.what == "show" else {name: rows.get(name, {})})
-    if given.what in ("predict", "measure"):
+    if given.what in ("predict", "measure", "add"):
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 

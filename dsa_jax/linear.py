@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32
 
 from dsa_jax.config import Fp8Weights
 from dsa_jax.quantization import E4M3, act_dequant, act_quant, weight_dequant, weight_quant
+from pallas_kernels.tiling import vary_like
 
 
 def float_param_dtype(param_dtype: DTypeLike) -> jnp.dtype:
@@ -73,3 +74,36 @@ class Linear(nnx.Module):
         if self.fp8 is not None:
             return weight_dequant(self.weight[...], self.scale[...], self.fp8.tile, self.dtype)
         return self.weight[...].astype(self.dtype)
+
+
+def wide_product(
+    x: Float[Array, "*B in"], weight: Float[Array, "in out"]
+) -> Float32[Array, "*B out"]:
+    """`x @ weight` of values in x's dtype, summed and returned in fp32.
+
+    Left to itself, differentiation multiplies its gradient, which is fp32, as such: on no tensor
+    core. Like every other product's, it is rounded to x's dtype; the weight's own is not rounded.
+    """
+    return _wide_product(vary_like(x, weight), vary_like(weight, x))
+
+
+@jax.custom_vjp
+def _wide_product(x: Array, weight: Array) -> Array:
+    return _summed_in_fp32("...i,io->...o", x, weight.astype(x.dtype))
+
+
+def _wide_product_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, weight = residuals
+    g = g.astype(x.dtype)
+    dx = _summed_in_fp32("...o,io->...i", g, weight.astype(x.dtype))
+    dweight = _summed_in_fp32("...i,...o->io", x, g)
+    return dx.astype(x.dtype), dweight.astype(weight.dtype)
+
+
+_wide_product.defvjp(lambda *x: (_wide_product(*x), x), _wide_product_backward)
+
+
+def _summed_in_fp32(dimensions: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(
+        dimensions, x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )

@@ -197,16 +197,20 @@ class Experts(nnx.Module):
             letters = letters_of("experts/" + path_name(path)).replace(" ", "")
             if w.dtype in (jnp.float32, jnp.bfloat16) and "_scale" not in path_name(path):
                 w = w.astype(self.dtype)
-            if not axes or "X" not in letters:
-                return w
-            # Gathered in front and moved after: a gather along an inner dimension wants its operand
-            # with that dimension outermost, and the compiler would turn the masters of all layers,
-            # a copy as large as they are, before the scan over layers.
-            parts, at = lax.all_gather(w, axes), letters.index("X")
-            shape = (*w.shape[:at], -1, *w.shape[at + 1 :])
-            return jnp.moveaxis(parts, 0, at).reshape(shape)
+            return _joined(w, axes, letters.index("X")) if axes and "X" in letters else w
 
         return jax.tree_util.tree_map_with_path(leaf, self)
+
+
+def _joined(w: Array, axes: tuple[str, ...], dimension: int) -> Array:
+    """`lax.all_gather(w, axes, axis=dimension, tiled=True)`, gathered in front and then moved.
+
+    XLA wants the gathered dimension outermost in memory. If that is not the first, it lays the
+    stacked weights of all layers out that way, outside the loop over layers: a second copy of all
+    experts, in fp32. So only what was gathered, one layer's, changes its layout.
+    """
+    parts = jnp.moveaxis(lax.all_gather(w, axes), 0, dimension)
+    return lax.collapse(parts, dimension, dimension + 2)
 
 
 def dispatch(routing: Routing, experts: int) -> Rows:

@@ -22,7 +22,7 @@ from dsa_jax.block import Block, residual_dtype
 from dsa_jax.cache import Cache, check_room
 from dsa_jax.config import ModelConfig
 from dsa_jax.indexer_loss import GRADIENT_NAME
-from dsa_jax.linear import float_param_dtype
+from dsa_jax.linear import float_param_dtype, wide_product
 from dsa_jax.mla import SELECTION_NAME, Attention, AttentionState, IndexerLoss, Mode, Rows
 from dsa_jax.norms import RMSNorm
 from dsa_jax.plan import StackPlan, layer_plan
@@ -244,12 +244,8 @@ class Transformer(nnx.Module):
 
         Products of compute-dtype values summed in fp32, which for bf16 is what an fp32 head gives.
         """
-        return jnp.matmul(
-            hidden.astype(self.dtype),
-            (self.head() if weight is None else weight).astype(self.dtype),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        weight = self.head() if weight is None else weight
+        return wide_product(hidden.astype(self.dtype), weight)
 
     def _check(
         self,

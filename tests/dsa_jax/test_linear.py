@@ -1,10 +1,11 @@
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from dsa_jax.config import Fp8Weights
-from dsa_jax.linear import Linear, fp8_matmul
+from dsa_jax.linear import Linear, fp8_matmul, wide_product
 from dsa_jax.quantization import weight_quant
 
 
@@ -54,3 +55,19 @@ def test_modules_of_either_kind():
 def test_a_float_checkpoint_ignores_the_format():
     bf16 = Linear(8, 4, rngs=nnx.Rngs(0), std=1.0, dtype=jnp.float32, param_dtype=jnp.float8_e4m3fn)
     assert bf16.weight.dtype == jnp.bfloat16
+
+
+def test_gradients_of_a_wide_product_are_products_of_narrow_values():
+    """Of an fp32 gradient rounded to bf16, summed in fp32; the fp32 weight's is not rounded."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (3, 5, 32), jnp.bfloat16)
+    weight = jax.random.normal(keys[1], (32, 24))
+    g = jax.random.normal(keys[2], (3, 5, 24))
+    y, pull = jax.vjp(wide_product, x, weight)
+    dx, dweight = pull(g)
+    assert (y.dtype, dx.dtype, dweight.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    x, w, g = (np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, weight, g))
+    # Order of 32 and of 15 terms in fp32; dx is rounded to bf16's 8 bits.
+    np.testing.assert_allclose(y, x @ w, rtol=0, atol=3e-5)
+    np.testing.assert_allclose(dweight, np.einsum("bti,bto->io", x, g), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(dx, np.float64), g @ w.T, rtol=2**-8, atol=1e-5)

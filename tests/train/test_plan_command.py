@@ -254,6 +254,10 @@ ERRORS = [
     (["--mesh.context", "3"], "two chunks for each of the 3 devices"),
     (["--mesh.tensor", "3"], "does not divide by mesh.tensor=3"),
     (["--devices", "7", "--batch-size", "7", "--preset", "tiny"], "sequence_length"),
+    (
+        ["--devices", "7", "--preset", "tiny", "--sequence-length", "64", "--batch-size", "16"],
+        "no mesh of 7 devices divides this run; of the first one tried:",
+    ),
     (["--memory-share", "1.5"], "memory_share=1.5"),
 ]
 

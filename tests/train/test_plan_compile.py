@@ -2,14 +2,20 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
 
 from dsa_jax import presets
-from dsa_jax.sharding import MeshConfig
+from dsa_jax.moe import MoE
+from dsa_jax.sharding import MeshConfig, Rules, make_mesh, param_specs, shardings
 from train.plan import PlanOptions, make, report, to_json
 from train.plan.compiled import CompileError, compile_step, plugin_found
 from train.plan.hardware import GPUS
 from train.plan.options import train_config
+from train.plan.worker import OPTIONS, topology
 from train.stages import Stage
 
 
@@ -95,3 +101,38 @@ def test_gradients_of_weights_are_cut_as_they_are_summed():
         summed[one.op] += one.bytes_sent
     # What is left are norms, biases and numbers for the metrics.
     assert summed["all-reduce"] < 0.1 * summed["reduce-scatter"], summed
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(not plugin_found(), reason="needs JAX's CUDA plugin")
+def test_there_is_no_second_copy_of_the_experts(monkeypatch):
+    """Weights cut by fsdp are gathered layer by layer: a loop over layers needs room for one."""
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    layers, width = 64, 512
+    model = presets.get("tiny").replace(moe_intermediate_size=width)
+
+    def make(key):
+        return MoE(model, rngs=nnx.Rngs(key), dtype=jnp.bfloat16, param_dtype=jnp.float32)
+
+    def run(stack, x):
+        counted = jnp.ones(x.shape[:2], bool)
+        return jax.lax.scan(lambda x, layer: (layer(x, counted)[0], None), x, stack["mlp"])[0]
+
+    mesh = make_mesh(MeshConfig(fsdp=4, context=2), topology(GPUS["h100"].target, 8, 8))
+    stack = jax.eval_shape(
+        lambda: {"mlp": jax.vmap(make)(jax.random.split(jax.random.key(0), layers))}
+    )
+    with jax.set_mesh(mesh):
+        where = shardings(param_specs(stack, mesh), mesh)
+        arguments = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            (stack, jax.ShapeDtypeStruct((8, 2, model.hidden_size), jnp.bfloat16)),
+            (where, NamedSharding(mesh, Rules().spec("B T _"))),
+        )
+        compiled = (
+            jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).compile(OPTIONS)
+        )
+    held = layers * 3 * model.n_routed_experts * model.hidden_size * width * 4 / mesh.size
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < held / 2

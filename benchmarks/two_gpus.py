@@ -41,6 +41,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,7 @@ def prepare(todo: Sequence[Case], folder: Path) -> int:
 
 def report_needs(stages: Sequence[str], meshes: Sequence[str], tiny: bool, report: Report) -> None:
     """What the large models need of each GPU, on one and on two."""
+    report.rows["environment"] = {"jax": version("jax")}
     for stage in stages:
         for mesh in ("one", *meshes):
             case = Case("tiny" if tiny else "large", stage, mesh)

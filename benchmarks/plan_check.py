@@ -3,7 +3,7 @@
     python -m benchmarks.plan_check predict --case sparse-8k --json FILE --programs FOLDER
     python -m benchmarks.plan_check measure --case sparse-8k --json FILE --programs FOLDER
     ncu COUNTERS python -m benchmarks.plan_check count --case sparse-8k --json FILE
-    python -m benchmarks.plan_check add --case sparse-8k --json FILE OTHER.json
+    python -m benchmarks.plan_check add --case sparse-8k --json FILE --from OTHER
     python -m benchmarks.plan_check show --json FILE
 
 A case is a whole training step of DeepSeek-V3.2-Exp with fewer layers and experts and a vocabulary
@@ -294,8 +294,10 @@ def show(rows: dict[str, Any]) -> None:
             )
 
 
-def add(rows: dict[str, Any], name: str, other: Path) -> None:
+def add(rows: dict[str, Any], name: str, other: Path | None) -> None:
     """Takes over what another file has of a row: what was predicted, measured or counted."""
+    if other is None:
+        raise SystemExit("add: say --from which file")
     rows[name] = rows.get(name, {}) | json.loads(other.read_text())[name]
 
 
@@ -307,7 +309,7 @@ def main() -> None:
     """Predicts, or measures and compares."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("predict", "measure", "count", "add", "show"))
-    parser.add_argument("other", type=Path, nargs="?", help="to add a case from")
+    parser.add_argument("--from", type=Path, dest="other", metavar="OTHER", help="of `add`")
     parser.add_argument("--case", choices=CASES, default="sparse-8k")
     parser.add_argument("--gpu", default="h100", choices=("h100", "h200"))
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")

@@ -32,6 +32,14 @@ def test_kernels_are_summed_up_by_name():
     assert plan_check.kernels(launches) == [("b", 1, 5.0), ("a", 2, 3.0)]
 
 
+def test_a_case_is_taken_over_from_another_file(tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"a h100": {"measured": 2}, "b h100": {"measured": 3}}))
+    rows = {"a h100": {"predicted": 1}}
+    plan_check.add(rows, "a h100", other)
+    assert rows == {"a h100": {"predicted": 1, "measured": 2}}
+
+
 COUNTS = """==PROF== Connected to process 1
 "ID","Kernel Name","{}"
 "","","","",""

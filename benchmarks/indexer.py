@@ -95,14 +95,14 @@ def check_selection(select, runs: int, *arguments) -> dict[str, float]:
     want = reference.select_topk(scores, ranges_of_some, topk=TOPK, workspace_bytes=2**31)
     wrong = int(jnp.sum(jnp.any(found[:, some] != want, axis=-1)))
     del scores, want
-    pick = sampled_queries(queries)
+    batch, pick = q.shape[0], sampled_queries(queries)
     exact = exact_scores(pick, *arguments)
     near = differences(found[:, pick], exact, TOPK, MARGIN["float8_e4m3fn"])
     return {
         "wrong_rows": wrong,
-        "rows_compared": len(range(queries)[some]),
+        "rows_compared": batch * len(range(queries)[some]),
         "beyond_margin": near.beyond,
-        "changed_keys_a_row": near.changed / len(pick),
+        "changed_keys_a_row": near.changed / (batch * len(pick)),
         "equal_runs": sum(bool(jnp.array_equal(found, select(*arguments))) for _ in range(runs)),
     }
 

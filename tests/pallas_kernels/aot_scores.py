@@ -55,10 +55,6 @@ def decode():
     return case(batch=64, queries=1, keys=131072)
 
 
-def decode_ragged():
-    return case(batch=64, queries=2)
-
-
 def decode_bf16_16_heads():
     return case(heads=16, dtype=jnp.bfloat16, batch=64, queries=8)
 

@@ -21,7 +21,6 @@ SPILL_BYTES = {
     "bf16": 12,
     "e4m3_whole_tiles": 4,
     "decode": 0,
-    "decode_ragged": 12,
     "decode_bf16_16_heads": 64,
 }
 

@@ -1,4 +1,7 @@
-"""Times and checks of the lightning indexer: `python -m benchmarks.ops indexer fused prefill`."""
+"""Times and checks of the lightning indexer.
+
+python -m benchmarks.ops indexer fused prefill indexer_decode --json FILE
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ HEADS, WIDTH = 64, 128
 QUERIES = 4096
 
 
-def inputs(queries: int, keys: int, seed: int = 0):
+def inputs(queries: int, keys: int, seed: int = 0, batch: int = 1):
     """Random queries, keys, weights of both signs, causal ranges and key scales."""
     key = jax.random.split(jax.random.key(seed), 4)
-    q = jax.random.normal(key[0], (1, queries, HEADS, WIDTH)).astype(jnp.float8_e4m3fn)
-    k = jax.random.normal(key[1], (1, keys, WIDTH)).astype(jnp.float8_e4m3fn)
-    w = jax.random.normal(key[2], (1, queries, HEADS)) / HEADS
-    scale = jax.random.uniform(key[3], (1, keys), minval=0.5, maxval=2.0)
-    return q, k, w, KeyRange.causal(1, queries, offset=keys - queries), scale
+    q = jax.random.normal(key[0], (batch, queries, HEADS, WIDTH)).astype(jnp.float8_e4m3fn)
+    k = jax.random.normal(key[1], (batch, keys, WIDTH)).astype(jnp.float8_e4m3fn)
+    w = jax.random.normal(key[2], (batch, queries, HEADS)) / HEADS
+    scale = jax.random.uniform(key[3], (batch, keys), minval=0.5, maxval=2.0)
+    return q, k, w, KeyRange.causal(batch, queries, offset=keys - queries), scale
 
 
 def flop(ranges: KeyRange) -> float:
@@ -92,14 +95,14 @@ def check_selection(select, runs: int, *arguments) -> dict[str, float]:
     want = reference.select_topk(scores, ranges_of_some, topk=TOPK, workspace_bytes=2**31)
     wrong = int(jnp.sum(jnp.any(found[:, some] != want, axis=-1)))
     del scores, want
-    pick = sampled_queries(queries)
+    batch, pick = q.shape[0], sampled_queries(queries)
     exact = exact_scores(pick, *arguments)
     near = differences(found[:, pick], exact, TOPK, MARGIN["float8_e4m3fn"])
     return {
         "wrong_rows": wrong,
-        "rows_compared": len(range(queries)[some]),
+        "rows_compared": batch * len(range(queries)[some]),
         "beyond_margin": near.beyond,
-        "changed_keys_a_row": near.changed / len(pick),
+        "changed_keys_a_row": near.changed / (batch * len(pick)),
         "equal_runs": sum(bool(jnp.array_equal(found, select(*arguments))) for _ in range(runs)),
     }
 
@@ -137,6 +140,21 @@ def prefill(keys: Sequence[int], check: Sequence[int]) -> Iterator[dict]:
         yield row | _selection(inputs(count, count), WORKSPACE_BYTES, count in check, 3)
 
 
+def decode(keys: Sequence[int], check: Sequence[int]) -> Iterator[dict]:
+    """The selection of one query for each row of a batch, and how fast its scores read the keys."""
+    draw = jax.jit(inputs, static_argnums=(0, 1, 2, 3))
+    for count in keys:
+        for batch in (64, 16, 1):
+            arguments = draw(1, count, 0, batch)
+            row: dict = {"op": "indexer_decode", "batch": batch, "queries": 1, "keys": count}
+            if batch == 16 and count in check:
+                row |= check_scores(scores_sm90.indexer_scores, *arguments)
+            row |= _selection(arguments, WORKSPACE_BYTES, batch == 16 and count in check, 20)
+            scores_ms = sum(ms for name, ms in row["kernels"].items() if "indexer_scores" in name)
+            moved = batch * count * (WIDTH + 4 + 4)  # keys and their scales; scores
+            yield row | {"scores_gb_per_s": round(moved / scores_ms / 1e6)}
+
+
 def _selection(arguments, workspace: int, check: bool, runs: int) -> dict:
     options = dict(topk=TOPK, workspace_bytes=workspace)
     select = functools.partial(selection_sm90.lightning_indexer, **options)
@@ -150,7 +168,7 @@ def _selection(arguments, workspace: int, check: bool, runs: int) -> dict:
 
 def figures(timing: Timing, ranges: KeyRange) -> dict:
     """What a timing says."""
-    kernels = {name: round(ms, 4) for name, ms in timing.kernels.items() if ms > 0.005}
+    kernels = {name: round(ms, 4) for name, ms in timing.kernels.items() if ms > 0.001}
     return {
         "ms": round(timing.median_ms, 4),
         "min_ms": round(timing.min_ms, 4),

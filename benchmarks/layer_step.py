@@ -9,8 +9,9 @@ and gradient of the indexer's KL, and the indexer's update. A *sparse* step adds
 for a gradient that arrives from above, down to the layer's input, and updates everything; a
 *dense* step is the same without an indexer: what pre-training would do.
 
-Time is device time by CUPTI; peak memory is the device's own count. `benchmarks.layer_check`
-compares the gradients of kernels and XLA.
+Time is device time by CUPTI; peak memory is the device's own count. XLA multiplies every row with
+every expert in memory: beyond 8K tokens it takes fewer experts (`--experts 4 --experts-of-a-token
+2`). `benchmarks.layer_check` compares the gradients of kernels and XLA.
 """
 
 from __future__ import annotations
@@ -84,6 +85,9 @@ CASES = (
     Case(Stage.SPARSE, 8192, kernels=False),
     Case(Stage.SPARSE, 32768),
     Case(Stage.DENSE, 32768),
+    Case(Stage.SPARSE, 32768, kernels=False),
+    Case(Stage.WARMUP, 32768),
+    Case(Stage.WARMUP, 32768, kernels=False),
     Case(Stage.WARMUP, 131_072),
 )
 
@@ -347,11 +351,14 @@ def main() -> None:
     names = [case.name for case in CASES]
     parser.add_argument("--cases", nargs="*", choices=names, default=names, metavar="CASE")
     parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--experts-of-a-token", type=int, default=8)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--profile", type=Path, metavar="FOLDER")
     parser.add_argument("--lock", type=Path, metavar="FILE", help="of all processes on the GPU")
     options = parser.parse_args()
-    model = layer_config(options.experts)
+    model = layer_config(options.experts, options.experts_of_a_token)
+    few = f", {model.num_experts_per_tok} of {model.n_routed_experts} experts"
+    suffix = "" if model == layer_config() else few
     results = Results(options.json)
     results.runs.append({"environment": environment()})
     print(json.dumps(results.runs[-1]), flush=True)
@@ -373,7 +380,7 @@ def main() -> None:
         concurrent.futures.wait([*made, *(step for step, _ in compiled)])
         wait_for(options.lock)
         for case, config, make, (step, chosen) in zip(cases, configs, made, compiled, strict=True):
-            row = {"op": "layer_step", "kind": case.name, "keys": case.tokens}
+            row = {"op": "layer_step", "kind": case.name + suffix, "keys": case.tokens}
             row |= {"implementations": chosen, **memory(step.result())}
             say(f"{case.name} compiled: {memory(step.result())}")
             programs = step.result(), make.result()

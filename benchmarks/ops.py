@@ -17,6 +17,7 @@ OPS = {
     "indexer": ("benchmarks.indexer:scores", "e4m3"),
     "topk": ("benchmarks.topk:rows", "e4m3"),
     "fused": ("benchmarks.indexer:fused", "e4m3"),
+    "indexer_decode": ("benchmarks.indexer:decode", "e4m3"),
     "prefill": ("benchmarks.indexer:prefill", "e4m3"),
     "dense_attention": ("benchmarks.attention:forward", "bf16"),
     "dense_attention_grad": ("benchmarks.attention:backward", "bf16"),

@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="h100", choices=GPUS)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     given = parser.parse_args()
-    gpu, cases = GPUS[given.gpu], {case.name: case for case in layer_step.CASES}
+    gpu, cases = GPUS[given.gpu], {case.name: case for case in layer_step.CASES if case.kernels}
     rows = json.loads(given.json.read_text()) if given.json.exists() else {}
     for row in (row for path in given.results for row in measured(path)):
         if row["gpu"] != gpu.name or row["kind"] not in cases:

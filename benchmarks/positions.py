@@ -41,6 +41,7 @@ SHAPE = LayerShape()
 QUERIES, SEQUENCES = 4096, 64
 POSITIONS = (8192, 32_768, 65_536, 131_072)
 MODES = ("prefill", "decode")
+PARTS = ("dense", "indexer", "sparse")
 
 
 class Call(NamedTuple):
@@ -157,10 +158,14 @@ def row(call: Call, ms: float, kernels: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def measure(mode: str, positions: Sequence[int]) -> Iterator[dict[str, Any]]:
+def measure(
+    mode: str, positions: Sequence[int], parts: Sequence[str] = PARTS
+) -> Iterator[dict[str, Any]]:
     """Rows of one mode."""
     for t in sorted(positions, reverse=True):
         for call in calls(mode, t, max(positions)):
+            if call.part not in parts:
+                continue
             arguments = jax.jit(call.make)()
             timing = device_time(call.run, *arguments, repeats=5)
             yield row(call, timing.median_ms, timing.kernels)
@@ -170,13 +175,14 @@ def main() -> None:
     """Times everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--keys", type=int, nargs="*", default=POSITIONS)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     results = Results(options.json)
     results.runs.append({"environment": environment()})
     for mode in options.modes:
-        for found in measure(mode, options.keys):
+        for found in measure(mode, options.keys, options.parts):
             results.add(found)
             print(json.dumps(results.rows[-1]), flush=True)
 

@@ -18,7 +18,7 @@ from dsa_jax.config import ModelConfig
 from dsa_jax.sharding import MeshConfig, Rules
 from dsa_jax.transformer import REMAT_POLICIES
 from train.launch import ClusterConfig
-from train.stages import Stage
+from train.stages import Group, Stage
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ class TrainConfig:
     # Parts that a batch is split into, one after the other; the result does not change.
     micro_batches: int = 1
     # Weight of the KL. Its gradient is alone in its branch, so under Adam this scales nothing
-    # but epsilon's share and the clip; the report gives no weight.
+    # but epsilon's share and the clip; the report gives no weight. 0, in sparse training: no KL is
+    # computed and the indexers stay as they are, a control.
     kl_coefficient: float = 1.0
     # Step of the routers' correction biases. None: 0.001, DeepSeek-V3's, where the router learns
     # and none in warm-up, where it is frozen. The report is silent on sparse training.
@@ -171,6 +172,16 @@ class TrainConfig:
     remat: str = "full"
     # Of the parameters, the grafted indexer and the data order.
     seed: int = 0
+
+    @property
+    def indexer_loss(self) -> Literal["dense", "sparse"] | None:
+        """Which KL a step computes: the stage's, or none with `kl_coefficient=0`."""
+        return self.stage.indexer_loss if self.kl_coefficient else None
+
+    @property
+    def trainable(self) -> tuple[Group, ...]:
+        """The groups that learn: the stage's, without indexers that no loss reaches."""
+        return tuple(g for g in self.stage.trainable if g is not Group.INDEXER or self.indexer_loss)
 
     def resolved(self) -> TrainConfig:
         """The same run with every None that stands for a stage default filled in.
@@ -241,7 +252,12 @@ def _check(config: TrainConfig) -> None:
     )
     policies = tuple(REMAT_POLICIES)
     require(config.remat in policies, "remat", config.remat, f"is not in {policies}")
-    require(config.kl_coefficient > 0, "kl_coefficient", config.kl_coefficient, "must be above 0")
+    require(
+        config.kl_coefficient > 0 or (config.kl_coefficient == 0 and config.stage.lm_loss),
+        "kl_coefficient",
+        config.kl_coefficient,
+        "must be above 0, or in sparse training 0: the indexers then stay as they are",
+    )
     require(
         config.stage.balances_experts or config.bias_update_speed == 0,
         "bias_update_speed",

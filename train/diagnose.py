@@ -60,7 +60,7 @@ def locate(config: TrainConfig, skeleton: Skeleton, state: TrainState, batch: Ba
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
             attention=config.stage.attention,
-            indexer_loss=config.stage.indexer_loss,
+            indexer_loss=config.indexer_loss,
             probe=_finite,
         )
         return out.probe, jnp.isfinite(out.hidden).all(), out.kl
@@ -76,7 +76,7 @@ def locate(config: TrainConfig, skeleton: Skeleton, state: TrainState, batch: Ba
             return f"the indexer's KL in layer {layer}"
     if not output:
         return f"the output of the last layer, {config.model.num_hidden_layers - 1}"
-    trainable, frozen = split(state.params, config.stage.trainable)
+    trainable, frozen = split(state.params, config.trainable)
     _, gradients = jax.jit(lambda t, f, b: gradient(config, skeleton, t, f, b))(
         trainable, frozen, batch
     )

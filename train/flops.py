@@ -114,7 +114,8 @@ def _linear(config: TrainConfig, length: int) -> tuple[Work, ...]:
         # Its inputs are detached: a gradient of the weights alone. The selection is made again
         # under "full", and with it the projections.
         again = once if config.remat == "full" and config.stage is Stage.SPARSE else 0.0
-        parts.append(Work("indexer's projections", "matmul", once, once, again))
+        gradient = once if config.indexer_loss else 0.0
+        parts.append(Work("indexer's projections", "matmul", once, gradient, again))
     return tuple(parts)
 
 
@@ -155,8 +156,9 @@ def _attention(config: TrainConfig, length: int) -> tuple[Work, ...]:
         rescored = once if config.remat == "full" else 0.0
         kind = "indexer" if c.numerics.indexer_fp8 else "indexer_bf16"
         parts.append(Work("indexer's scores", kind, once, 0.0, rescored))
-        pairs, target = indexers * selected_pairs(length, shape.topk), 2 * N * row
-        parts.append(_loss("KL on selected keys", "kl_sparse", pairs, target, shape))
+        if config.indexer_loss is not None:
+            pairs, target = indexers * selected_pairs(length, shape.topk), 2 * N * row
+            parts.append(_loss("KL on selected keys", "kl_sparse", pairs, target, shape))
     elif stage is Stage.WARMUP:
         target = 2 * N * (shape.nope + shape.rotary)
         parts.append(_loss("KL on all keys", "kl_dense", indexers * visible, target, shape))

@@ -75,7 +75,7 @@ def branches(config: TrainConfig) -> dict[str, BranchConfig]:
         Group.MAIN.value: config.optimizer.main,
         Group.INDEXER.value: config.optimizer.indexer,
     }
-    return {group.value: named[group.value] for group in config.stage.trainable}
+    return {group.value: named[group.value] for group in config.trainable}
 
 
 def labels(params: Mapping[str, object] | Sequence[str]) -> dict[str, str]:

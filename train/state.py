@@ -99,7 +99,7 @@ def new_state(
     config: TrainConfig, params: Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state before a stage's first step: given parameters, fresh optimizer state."""
-    trainable, _ = split(params, config.stage.trainable)
+    trainable, _ = split(params, config.trainable)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -38,11 +38,10 @@ def make_step(
     Returns:
         `(state, batch) -> (state, metrics)`. Metrics are scalars, or vectors over layers.
     """
-    stage = config.stage
     speed = config.bias_update_speed or 0.0
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        trainable, frozen = split(state.params, stage.trainable)
+        trainable, frozen = split(state.params, config.trainable)
         sums, gradients = gradient(config, skeleton, trainable, frozen, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
         params = {**state.params, **optax.apply_updates(trainable, updates)}  # pyright: ignore
@@ -136,7 +135,7 @@ def micro_loss(
         positions=micro["positions"],
         segment_ids=micro["segment_ids"],
         attention=stage.attention,
-        indexer_loss=stage.indexer_loss,
+        indexer_loss=config.indexer_loss,
     )
     loss, sums = jnp.float32(0), {}
     if stage.lm_loss:

@@ -30,7 +30,7 @@ def counts(config: TrainConfig, state: TrainState) -> dict[str, int]:
     size = dict.fromkeys(Group, 0)
     for path, leaf in state.params.items():
         size[group_of(path)] += int(np.prod(leaf.shape))
-    trainable = sum(size[group] for group in config.stage.trainable)
+    trainable = sum(size[group] for group in config.trainable)
     balanced = size[Group.BALANCE] if config.bias_update_speed else 0
     return {
         "parameters": sum(size.values()),

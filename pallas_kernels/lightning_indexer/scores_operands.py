@@ -17,26 +17,43 @@ _SMEM_BYTES = 232448 - 16384  # beside barriers and the tile of -inf
 
 
 class Tiling(NamedTuple):
-    """What may be tuned: keys of a tile, tiles in the ring, blocks of queries in flight."""
+    """What may be tuned.
+
+    Attributes:
+        keys: of a tile.
+        stages: tiles in the ring.
+        query_buffers: blocks of queries in flight.
+        consumers: consumer warpgroups.
+        shared: whether consumers share the queries of a block and divide the keys of a tile, as
+            decoding wants; else they divide the queries and share the keys.
+    """
 
     keys: int
     stages: int
     query_buffers: int
     consumers: int = _CONSUMERS
+    shared: bool = False
 
 
-def default_tiling(heads: int, width: int, dtype) -> Tiling:
+def default_tiling(heads: int, width: int, dtype, queries: int | None = None) -> Tiling:
     """Key tiles of 256 where two fit beside the queries, else of 128; then as many as fit.
 
     Fewer heads mean more tokens, whose pointers and ranges live through a tile: at 128 keys they
-    all but fit the registers.
+    all but fit the registers. So few queries that one warpgroup holds them are shared: divided,
+    three in four products would be of padding.
+
+    Args:
+        heads, width, dtype: of the queries.
+        queries: how many a batch row has; None for many.
     """
     row = width * jnp.dtype(dtype).itemsize
-    queries = _CONSUMERS * indexer_tile.COLUMNS * row
-    buffers = 2 if 2 * queries <= _SMEM_BYTES * 2 // 3 else 1
-    room = _SMEM_BYTES - buffers * queries
-    keys = 256 if heads == 64 and room >= 2 * 256 * row else 128
-    return Tiling(keys, min(room // (keys * row), 8), buffers)
+    shared = queries is not None and queries <= indexer_tile.COLUMNS // heads
+    block = (1 if shared else _CONSUMERS) * indexer_tile.COLUMNS * row
+    buffers = 2 if 2 * block <= _SMEM_BYTES * 2 // 3 else 1
+    room = _SMEM_BYTES - buffers * block
+    wide = shared or (heads == 64 and room >= 2 * 256 * row)
+    keys = 256 if wide else 128
+    return Tiling(keys, min(room // (keys * row), 8), buffers, shared=shared)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +86,7 @@ class Problem:
     @property
     def block(self) -> int:
         """Queries of a CTA."""
-        return self.tokens * self.tiling.consumers
+        return self.tokens * (1 if self.tiling.shared else self.tiling.consumers)
 
 
 class Operands(NamedTuple):

@@ -13,6 +13,10 @@ the whole share of the block; all four consumers read the same keys. Each multip
 time against its 128 (token, head) columns and reduces the heads in registers (`indexer_tile`).
 While one warpgroup reduces, the others keep the tensor cores busy.
 
+Where a batch row has no more queries than one consumer holds, as in decoding, that would multiply
+padding: then a block is 128 / I queries, all consumers read them, and each takes a quarter of every
+tile of keys. What bounds it is reading the keys.
+
 Shared memory: queries, two blocks where they fit (2 x 64 KiB at 64 x 128 e4m3), a ring of key
 tiles in the rest. Registers: 112 a consumer thread (64 accumulators, 32 weights), 32 a producer's.
 
@@ -86,7 +90,7 @@ def indexer_scores(
     batch, queries, heads, width = q.shape
     if 0 in (batch, queries, k.shape[1]):
         return jnp.zeros((batch, queries, k.shape[1]), jnp.float32)
-    tiling = tiling or default_tiling(heads, width, q.dtype)
+    tiling = tiling or default_tiling(heads, width, q.dtype, queries)
     problem = Problem(k.shape[1], heads, queries, tiling, ctas or sm_count(), fill, interpret)
     x = operands(q, k, w, ranges, k_scale, problem)
     window = jax.tree.map(lambda leaf: leaf[0], windows(x, problem))
@@ -185,17 +189,21 @@ def _scratch(problem: Problem, x: Operands) -> _Scratch:
     tiling, width, dtype = problem.tiling, x.q.shape[-1], x.q.dtype
     scales = None if x.k_scale is None else plgpu.SMEM((tiling.stages, tiling.keys), jnp.float32)
     swizzled = indexer_tile.transforms(width, dtype)
-    per_query = plgpu.Barrier(num_arrivals=tiling.consumers, num_barriers=tiling.query_buffers)
+    groups = 1 if tiling.shared else tiling.consumers
+    q_full, q_free = (
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiling.query_buffers)
+        for arrivals in (groups, tiling.consumers)
+    )
     staging = (tiling.consumers, problem.tokens, indexer_tile.KEYS)
-    queries = (tiling.query_buffers, tiling.consumers, indexer_tile.COLUMNS, width)
+    queries = (tiling.query_buffers, groups, indexer_tile.COLUMNS, width)
     return _Scratch(
         q=plgpu.SMEM(queries, dtype, transforms=swizzled),
         k=plgpu.SMEM((tiling.stages, tiling.keys, width), dtype, transforms=swizzled),
         k_scale=scales,
         hidden=plgpu.SMEM((problem.block, indexer_tile.KEYS), jnp.float32),
         staging=plgpu.SMEM(staging, jnp.float32) if problem.interpret else None,
-        q_full=per_query,
-        q_free=per_query,
+        q_full=q_full,
+        q_free=q_free,
         k_full=plgpu.Barrier(num_arrivals=1 if scales is None else 2, num_barriers=tiling.stages),
         k_free=plgpu.Barrier(num_arrivals=tiling.consumers, num_barriers=tiling.stages),
     )
@@ -271,14 +279,14 @@ class _Kernel:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def load_queries(self, x: _Piece):
-        """The queries of a block, for each consumer its own."""
+        """The queries of a block, a warpgroup's at a time."""
         smem, slot = self.smem, lax.rem(x.i, self.tiling.query_buffers)
         pl.when(x.i >= self.tiling.query_buffers)(lambda: plgpu.barrier_wait(smem.q_free.at[slot]))
-        for consumer in range(self.tiling.consumers):
-            token = self.window + x.token + consumer * self.problem.tokens
+        for group in range(self.problem.block // self.problem.tokens):
+            token = self.window + x.token + group * self.problem.tokens
             rows = pl.ds(token * self.problem.heads, indexer_tile.COLUMNS)
             plgpu.copy_gmem_to_smem(
-                self.gmem.q.at[x.batch, rows], smem.q.at[slot, consumer], smem.q_full.at[slot]
+                self.gmem.q.at[x.batch, rows], smem.q.at[slot, group], smem.q_full.at[slot]
             )
 
     def load_keys(self, x: _Piece, j):
@@ -323,9 +331,10 @@ class _Kernel:
             plgpu.wait_smem_to_gmem(0)
 
     def score(self, warpgroup, x: _Piece):
-        """A consumer's scores of a piece."""
-        smem, problem = self.smem, self.problem
-        token = x.token + warpgroup * problem.tokens
+        """A consumer's scores of a piece: all keys for its queries, or its keys for all."""
+        smem, problem, shared = self.smem, self.problem, self.tiling.shared
+        group = 0 if shared else warpgroup
+        token = x.token + group * problem.tokens
         columns = pl.ds((self.window + token) * problem.heads, indexer_tile.COLUMNS)
         weights = plgpu.load(
             self.gmem.w.at[x.batch, columns],
@@ -335,6 +344,10 @@ class _Kernel:
         start, length = indexer_tile.load_ranges(
             self.gmem.start, self.gmem.end, x.batch, token, problem.tokens, self.interpret
         )
+        # Of a tile's keys all, or this consumer's.
+        parts = self.parts // (self.tiling.consumers if shared else 1)
+        first_row = warpgroup * (parts * indexer_tile.KEYS) if shared else 0
+        rows = pl.ds(first_row, parts * indexer_tile.KEYS)
         q_slot = lax.rem(x.i, self.tiling.query_buffers)
         plgpu.barrier_wait(smem.q_full.at[q_slot])
         plgpu.barrier_wait(smem.k_full.at[lax.rem(x.step, self.tiling.stages)])
@@ -343,17 +356,18 @@ class _Kernel:
             slot, following = (
                 lax.rem(x.step + j + ahead, self.tiling.stages) for ahead in range(2)
             )
-            for part in range(self.parts):
-                key = (x.first + x.low + j) * self.tiling.keys + part * indexer_tile.KEYS
+            for part in range(parts):
+                row = first_row + part * indexer_tile.KEYS
+                key = (x.first + x.low + j) * self.tiling.keys + row
                 scales = None
                 if self.k_scale is not None:
-                    tile_scales = smem.k_scale.at[slot]
+                    tile_scales = smem.k_scale.at[slot, rows]
                     scales = indexer_tile.load_scales(tile_scales, part, self.interpret)
                 dots = indexer_tile.multiply(
-                    smem.k.at[slot], part, smem.q.at[q_slot, warpgroup], warpgroup,
+                    smem.k.at[slot, rows], part, smem.q.at[q_slot, group], warpgroup,
                     consumers=self.tiling.consumers, interpret=self.interpret,
                 )  # fmt: skip
-                if part == self.parts - 1:  # while the tensor cores work
+                if part == parts - 1:  # while the tensor cores work
                     pl.when(j + 1 < x.high - x.low)(
                         lambda: plgpu.barrier_wait(smem.k_full.at[following])
                     )

@@ -48,7 +48,7 @@ def lightning_indexer(q, k, w, ranges: KeyRange, k_scale, *, topk: int, workspac
     topk = min(topk, keys)
     if 0 in (batch, queries, keys):
         return jnp.full((batch, queries, topk), -1, jnp.int32)
-    tiling = scores_operands.default_tiling(heads, width, q.dtype)
+    tiling = scores_operands.default_tiling(heads, width, q.dtype, queries)
     problem = scores_operands.Problem(
         keys, heads, queries, tiling, scores_operands.sm_count(), fill=False
     )

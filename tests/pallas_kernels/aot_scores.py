@@ -7,21 +7,23 @@ from pallas_kernels import KeyRange, lightning_indexer
 from pallas_kernels.lightning_indexer import scores_sm90
 
 
-def case(heads=64, width=128, dtype=jnp.float8_e4m3fn, scaled=True, queries=1000, keys=5002):
+def case(
+    heads=64, width=128, dtype=jnp.float8_e4m3fn, scaled=True, batch=1, queries=1000, keys=5002
+):
     def sds(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def scores(q, k, w, start, end, scale):
         return scores_sm90.indexer_scores(q, k, w, KeyRange(start, end), scale if scaled else None)
 
-    bound = sds(1, queries, dtype=jnp.int32)
+    bound = sds(batch, queries, dtype=jnp.int32)
     return scores, (
-        sds(1, queries, heads, width, dtype=dtype),
-        sds(1, keys, width, dtype=dtype),
-        sds(1, queries, heads),
+        sds(batch, queries, heads, width, dtype=dtype),
+        sds(batch, keys, width, dtype=dtype),
+        sds(batch, queries, heads),
         bound,
         bound,
-        sds(1, keys),
+        sds(batch, keys),
     )
 
 
@@ -47,6 +49,14 @@ def bf16():
 
 def e4m3_whole_tiles():
     return case(keys=5120)
+
+
+def decode():
+    return case(batch=64, queries=1, keys=131072)
+
+
+def decode_bf16_16_heads():
+    return case(heads=16, dtype=jnp.bfloat16, batch=64, queries=8)
 
 
 def prefill(length: int = 131072):

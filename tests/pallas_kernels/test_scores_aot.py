@@ -20,6 +20,8 @@ SPILL_BYTES = {
     "e4m3_width_64": 12,
     "bf16": 12,
     "e4m3_whole_tiles": 4,
+    "decode": 0,
+    "decode_bf16_16_heads": 64,
 }
 
 

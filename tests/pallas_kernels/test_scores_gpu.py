@@ -22,6 +22,8 @@ ERROR = {"float8_e4m3fn": 3e-4, "bfloat16": 1e-6}
 
 SHAPES = {  # B, T, S, I, H, dtype, k_scale, ranges
     "one query": (3, 1, 4096, 64, 128, "float8_e4m3fn", True, "ragged"),
+    "two queries": (5, 2, 3001, 64, 128, "bfloat16", True, "ragged"),
+    "eight queries of 16 heads": (3, 8, 1032, 16, 64, "float8_e4m3fn", False, "packed"),
     "fewer keys than a tile": (2, 9, 5, 64, 128, "float8_e4m3fn", False, "ragged"),
     "long": (1, 300, 3001, 64, 128, "float8_e4m3fn", True, "context-parallel"),
 }

@@ -50,6 +50,13 @@ CASES = {  # B, T, S, I, H, dtype, k_scale, ranges, tiling, CTAs
         1, 41, 70, 16, 128, "bfloat16", False, "ragged", Tiling(128, 2, 1), 2,
     ),
     "less than a tile": (1, 1, 3, 64, 128, "float8_e4m3fn", True, "causal", Tiling(64, 2, 2), 4),
+    "one query a row, by shares of the keys": (
+        3, 1, 700, 64, 128, "float8_e4m3fn", True, "lengths", Tiling(256, 2, 2, shared=True), 2,
+    ),
+    "few queries a row, by two consumers": (
+        2, 4, 300, 32, 64, "bfloat16", False, "ragged",
+        Tiling(256, 2, 1, consumers=2, shared=True), 3,
+    ),
 }  # fmt: skip
 
 
@@ -59,6 +66,9 @@ def test_scores(name):
     q, k, w, scale = arguments(batch, queries, keys, heads, width, jnp.dtype(dtype), scaled=scaled)
     if kind == "causal":
         ranges = KeyRange.causal(batch, queries, offset=keys - queries)
+    elif kind == "lengths":  # of caches: one full, one empty
+        end = jnp.linspace(keys, 0, batch).astype(jnp.int32)[:, None]
+        ranges = KeyRange(jnp.zeros_like(end), end)
     else:
         ranges = ragged(batch, queries, keys)
     found = scores_sm90.indexer_scores(

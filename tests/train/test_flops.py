@@ -57,6 +57,16 @@ def test_weights_are_counted_once_each():
     assert linear / (2 * config.sequence_length) == pytest.approx(active, rel=1e-4)
 
 
+def test_coefficient_0_counts_no_loss():
+    """And no gradient of the indexers; all else is the same."""
+    _, with_loss = work(Stage.SPARSE)
+    _, without = work(Stage.SPARSE, kl_coefficient=0.0)
+    assert set(with_loss) - set(without) == {"KL on selected keys"}
+    changed = {name for name, part in without.items() if part != with_loss[name]}
+    assert changed == {"indexer's projections"}
+    assert without["indexer's projections"].backward == 0
+
+
 def test_recomputation_follows_the_policy():
     again = {}
     for remat in ("none", "dots", "selection", "full"):

@@ -80,7 +80,7 @@ def state(config: TrainConfig, shapes: Shapes) -> State:
         cut = leaf.shape if sharding is None or not leaf.ndim else sharding.shard_shape(leaf.shape)
         return math.prod(cut) * itemsize
 
-    learns = [path for path in shapes.params if group_of(path) in config.stage.trainable]
+    learns = [path for path in shapes.params if group_of(path) in config.trainable]
     gradients = {path: held(shapes.params[path], where[path], _FP32) for path in learns}
     return State(
         parameters=sum(leaf.size for leaf in shapes.params.values()),

@@ -69,11 +69,8 @@ class Question(NamedTuple):
 
     def program(self, own: int) -> tuple:
         """Equal for questions that one compiled program answers; `own` is the model's k."""
-        scored = self.rung.control in ("random", "recent", "oracle") or (
-            self.rung.control == "indexer" and self.topk != own
-        )
-        control = "scored" if scored else self.rung.control
-        return control, self.topk, self.length, self.measure
+        way = Mode(self.rung.control, self.topk).way(own, self.length)
+        return way.attention, way.keys, self.topk, self.length, self.measure
 
 
 class Exam:
@@ -151,37 +148,44 @@ class Exam:
             ahead.submit(self.ask, q, model, self.held_out(q.length)[:1])
         ahead.submit(self.draw, model)
         if self.preset.needles is not None:
-            for attention in ("dense", "sparse"):
-                ahead.submit(self._answer, model, attention, 1)
+            ways = {(r.control == "dense", r.control == "indexer"): r for r in self.asked()}
+            for rung in ways.values():
+                ahead.submit(self._answer, model, rung, 1)
 
     def ask(self, q: Question, model: Transformer, rows: list[Batch]) -> Evaluation:
         """One evaluation."""
         mode = Mode(q.rung.control, q.topk, self.seed)
         return evaluate(model, rows, mode, self.windows, measure=q.measure)
 
+    def asked(self) -> list[Rung]:
+        """The rungs that are asked for needles."""
+        return ladder.rungs(ladder.ASKED)
+
     def needles(self, models: Mapping[str, Transformer], console: Console) -> dict[str, Any]:
-        """The share of needles that each model answers, if any are asked for."""
-        grid, accuracy = self.preset.needles, {}
+        """The share of needles that each rung answers, if any are asked for."""
+        grid = self.preset.needles
         if grid is None:
             return {}
-        for rung in ladder.rungs(ladder.ASKED):
-            attention = "dense" if rung.control == "dense" else "sparse"
-            found = accuracy[rung.name] = self._answer(models[rung.weights], attention)
+        accuracy, documents = {}, {}
+        for rung in self.asked():
+            right = self._answer(models[rung.weights], rung)
+            accuracy[rung.name] = right.mean(axis=1).tolist()
+            documents[rung.name] = right.mean(axis=2).tolist()
             shares = ", ".join(
-                f"{np.mean(share):.2f} of {length}"
-                for length, share in zip(grid.lengths, found, strict=True)
+                f"{share:.2f} of {length}"
+                for length, share in zip(grid.lengths, right.mean(axis=(1, 2)), strict=True)
             )
             console.print(f"needles answered, {rung.title}: {shares}", highlight=False)
-        return {"needles": {**dataclasses.asdict(grid), "accuracy": accuracy}}
+        found = {"accuracy": accuracy, "documents": documents}
+        return {"needles": {**dataclasses.asdict(grid), **found}}
 
-    def _answer(
-        self, model: Transformer, attention: needles.Attention, batches: int | None = None
-    ) -> list[list[float]]:
+    def _answer(self, model: Transformer, rung: Rung, batches: int | None = None) -> np.ndarray:
         grid = self.preset.needles
         assert grid is not None
         made = needles.documents(grid, self.text.held_out_text, self.seed)
         packed = needles.batches(grid, made)[:batches]
-        return needles.evaluate(model, grid, made, packed, attention)
+        mode = Mode(rung.control, self.topk, self.seed)
+        return needles.evaluate(model, grid, made, packed, mode)
 
     def draw(self, model: Transformer) -> dict[str, np.ndarray]:
         """The arrays behind the picture of a selection."""

@@ -242,7 +242,7 @@ def _gpu() -> Preset:
         cost_positions=(1024, 16_384, 131_072),
         cost_sequences=16,
         lessons=_LESSONS,
-        needles=Grid((1024, 2048, 4096, 8192, 16_384), (0.1, 0.3, 0.5, 0.7, 0.9), 12, 4),
+        needles=Grid((1024, 2048, 4096, 8192, 16_384), (0.1, 0.3, 0.5, 0.7, 0.9), 40, 4),
         sample_length=512,
         picture_length=1024,
         compile_ahead=True,

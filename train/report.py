@@ -19,7 +19,7 @@ from train import claims as claims_module
 from train import figures, needles
 from train.claims import Verdict, mean_and_range, number
 from train.cost import LayerShape
-from train.ladder import LADDER
+from train.ladder import LADDER, rungs
 from train.tracker import read_metrics
 
 Results = Mapping[str, Any]
@@ -107,7 +107,7 @@ def implementation_table(served: Mapping[str, str]) -> Table:
 def needle_table(results: Results) -> Table:
     """Retrieval for the terminal."""
     out = _table("Needles answered, by bytes of the document")
-    head, rows = _needle_rows(results)
+    head, rows = _needle_rows(results, errors=False)
     for i, column in enumerate(head):
         out.add_column(column, justify="right" if i else "left", no_wrap=True)
     for cells in rows:
@@ -154,27 +154,19 @@ def _ladder_rows(runs: Sequence[Results]) -> list[list[str]]:
     return rows
 
 
-_NEEDLE_TITLES = {
-    "dense": "dense",
-    "untrained": "untrained indexer",
-    "warmed": "warm-up only",
-    "sparse": "after sparse training",
-    "control": "dense control",
-}
-
-
-def _needle_rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row a model, a column a length."""
+def _needle_rows(results: Results, errors: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: a row a rung, a column a length; with the standard error over documents."""
     runs = results["runs"]
-    lengths = runs[0]["needles"]["lengths"]
+    asked = runs[0]["needles"]
     rows = []
-    for rung, title in _NEEDLE_TITLES.items():
-        cells = [
-            mean_and_range([claims_module.needle_accuracy(run, rung, n) for run in runs])
-            for n in lengths
-        ]
-        rows.append([title, *cells])
-    return ["weights and keys", *(str(n) for n in lengths)], rows
+    for rung in rungs(list(asked["accuracy"])):
+        cells = []
+        for column in range(len(asked["lengths"])):
+            shares = [x for run in runs for x in run["needles"]["documents"][rung.name][column]]
+            error = f" ± {np.std(shares, ddof=1) / len(shares) ** 0.5:.3f}" if errors else ""
+            cells.append(f"{np.mean(shares):.3f}{error}")
+        rows.append([rung.title, *cells])
+    return ["weights and keys", *(str(n) for n in asked["lengths"])], rows
 
 
 def _verdict_cells(verdict: Verdict) -> list[str]:
@@ -294,19 +286,29 @@ def _retrieval(results: Results, drawn: Mapping[str, Path], folder: Path) -> lis
     if "needles" not in results["runs"][0]:
         return []
     asked, length, k = results["runs"][0]["needles"], results["length"], results["topk"]
+    depths, count = asked["depths"], asked["count"] * len(results["runs"])
     text = (
-        "A random word of six letters stands somewhere in held-out running text, among other "
-        f"such needles, one for every {needles.SPACING} bytes; the text ends in its first two "
-        "letters, and an answer counts if each of the other four is the likeliest one. "
-        f"{asked['count']} documents for each of {len(asked['depths'])} depths and each length, "
-        "the same for all models; the mean over depths. Training had documents of up to "
-        f"{length} bytes. {k} keys are {k / max(asked['lengths']):.1%} of the longest."
+        "Random words of six letters, drawn anew, stand in held-out running text, one for every "
+        f"{needles.SPACING} bytes. The text ends by asking for {len(depths)} of them, one "
+        "from each of the depths below, in random order and by their "
+        "first two letters; an answer counts if each of the other four is the likeliest one. "
+        f"{count} documents, so {count * len(depths)} answers, of each length, the same for all "
+        "rungs; ± is the standard error over documents, which says little where nearly all or "
+        f"nearly none are right. Training had documents of up to {length} bytes; longer ones are "
+        f"beyond it. {k} keys are {k / length:.1%} of {length} and "
+        f"{k / max(asked['lengths']):.1%} of {max(asked['lengths'])}. Untrained, random, most "
+        "recent and oracle keys are asked of the dense checkpoint's weights."
     )
     return [
         "## Retrieval",
         text,
         _markdown_table(*_needle_rows(results)),
-        _figure(drawn, folder, "needles", "By length, and by how deep in it the needle lies."),
+        _figure(
+            drawn,
+            folder,
+            "needles",
+            "By length of the document, and by how deep in it the needle lies.",
+        ),
     ]
 
 

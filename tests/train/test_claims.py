@@ -123,7 +123,7 @@ def failed(data):
 def test_needles_add_their_claims_only_where_they_were_asked_for(asked):
     assert claims.of(results()) == CLAIMS
     names = {claim.name for claim in claims.of(asked)} - {claim.name for claim in CLAIMS}
-    assert names == {"dense_finds", "warmed_finds", "sparse_finds"}
+    assert names == {"dense_finds", "controls_miss", "warmed_finds", "sparse_finds"}
     assert failed(asked) == set()
 
 
@@ -131,6 +131,9 @@ def test_needles_add_their_claims_only_where_they_were_asked_for(asked):
     ("rung", "share", "claim"),
     [
         ("dense", 0.85, "dense_finds"),
+        ("untrained", 0.2, "controls_miss"),
+        ("random", 0.2, "controls_miss"),
+        ("recent", 0.2, "controls_miss"),
         ("warmed", 0.87, "warmed_finds"),
         ("sparse", 0.95, "sparse_finds"),
     ],

@@ -232,7 +232,7 @@ def _gpu() -> Preset:
         dense=StagePlan(3200, rate=1e-3, indexer_rate=0.0, final_fraction=0.1),
         warmup=StagePlan(400, rate=0.0, indexer_rate=2e-3),
         sparse=StagePlan(300, rate=3e-4, indexer_rate=1e-3),
-        scored_rows=4,
+        scored_rows=8,
         score_batch=2,
         sweep=(64,),
         local=512,

@@ -99,8 +99,7 @@ class Seed:
         dense = self.config(_DENSE, Stage.DENSE, p.dense, None)
         self.steps[_DENSE] = self.ahead.submit(compile_step, dense)
         text = self.ahead.submit(open_corpus, dense.data, p.model.vocab_size, self.root / "tokens")
-        for first in (self.steps[_DENSE], text):  # before others compete with them
-            first.result()
+        text.result()  # before others compete with it, and with tracing the first step
         warmup = self.config(_WARMUP, Stage.WARMUP, p.warmup, None)
         sparse = self.config(_SPARSE, Stage.SPARSE, p.sparse, None)
         control = self.config(_CONTROL, Stage.DENSE, p.sparse, None)

@@ -114,7 +114,7 @@ def test_a_control_takes_the_place_of_the_indexer(made):
             return types.SimpleNamespace(logits=jax.nn.one_hot(tokens, 256))
 
     jax.tree_util.register_static(Model)
-    model = Model()
+    model: Any = Model()
     packed = needles.batches(GRID, made)[:1]
     for control in ("dense", "indexer", "random", "recent", "oracle"):
         needles.evaluate(model, GRID, made, packed, Mode(control, 8))

@@ -218,6 +218,7 @@ def needles(results: Results) -> Figure:
     )  # fmt: skip
     for unused in panels.flat[len(shown) :]:
         unused.set_axis_off()
+    trained = sum(length <= results["length"] for length in asked["lengths"])
     images = []
     for axes, rung in zip(panels.flat, shown, strict=False):
         share = np.mean([run["needles"]["accuracy"][rung.name] for run in runs], axis=0)
@@ -227,6 +228,8 @@ def needles(results: Results) -> Figure:
             axes.text(
                 row, column, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8
             )
+        if trained < len(asked["lengths"]):
+            axes.axvline(trained - 0.5, color="#888888", linewidth=2)
         axes.set_title(rung.title)
         axes.set_xticks(range(len(asked["lengths"])), [size_label(n) for n in asked["lengths"]])
         axes.set_yticks(range(len(asked["depths"])), [f"{depth:.0%}" for depth in asked["depths"]])

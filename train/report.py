@@ -223,6 +223,10 @@ _LAYERS_CAPTION = (
     "marks are the oracle on the same queries: the ceiling of recall, and the recency that the "
     "teacher's own choice has."
 )
+_NEEDLES_CAPTION = (
+    "The share answered, by length of the document and by how deep in it the needle lies. Right of "
+    "the grey line documents are longer than any in training."
+)
 _SWEEP_CAPTION = (
     "The same weights with another k at evaluation; no weight was trained for it except at the "
     "dotted line."

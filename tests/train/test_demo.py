@@ -17,7 +17,7 @@ from train.checkpoints import Checkpoints
 from train.cost import LayerShape
 from train.demo_presets import PRESETS, StagePlan
 from train.demo_seed import changed_arrays
-from train.ladder import LADDER, LONG, SWEEP
+from train.ladder import ASKED, LADDER, LONG, SWEEP
 from train.lessons import Lesson
 from train.load import load_model
 from train.needles import Grid
@@ -166,6 +166,11 @@ def test_the_results_have_every_rung(finished):
     for numbers in run["ladder"].values():
         assert 0 < numbers["cross_entropy"] < 20
         assert 0 < numbers["quoted_loss"] < 20
+    grid = tiny_preset().needles
+    asked = run["needles"]
+    assert set(asked["accuracy"]) == set(asked["documents"]) == set(ASKED)
+    assert np.shape(asked["accuracy"]["sparse"]) == (len(grid.lengths), len(grid.depths))
+    assert np.shape(asked["documents"]["sparse"]) == (len(grid.lengths), grid.count)
 
 
 def test_the_stages_are_what_they_claim(finished):

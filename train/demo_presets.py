@@ -84,6 +84,7 @@ class Preset:
         remat: what the backward pass recomputes.
         compile_ahead: compile all programs side by side, the later stages' while the first one
             trains: for a machine with more cores than the device keeps busy.
+        examiners: have the models evaluated by processes of their own, see `train.examiners`.
         quick_compiles: leave out most of the compiler's optimizations: for a run whose programs
             take longer to compile than to run.
     """
@@ -111,6 +112,7 @@ class Preset:
     picture_length: int | None = None
     remat: str = "none"
     compile_ahead: bool = False
+    examiners: bool = False
     quick_compiles: bool = False
 
     @property
@@ -246,6 +248,7 @@ def _gpu() -> Preset:
         sample_length=512,
         picture_length=1024,
         compile_ahead=True,
+        examiners=True,
     )
 
 

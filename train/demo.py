@@ -232,6 +232,7 @@ def _results(
         "length": preset.length,
         "long_length": preset.long_length,
         "local": preset.local,
+        "examiners": preset.examiners,
         "model": {
             "layers": m.num_hidden_layers,
             "parameters": first["parameters"]["all"],

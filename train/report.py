@@ -20,6 +20,7 @@ from train import figures, needles
 from train.claims import Verdict, mean_and_range, number
 from train.cost import LayerShape
 from train.ladder import LADDER, rungs
+from train.report_setup import markdown_table, setup
 from train.tracker import read_metrics
 
 Results = Mapping[str, Any]
@@ -188,7 +189,7 @@ def _markdown(
         _claims(verdicts),
         "## The ladder",
         _ladder_text(results),
-        _markdown_table(_LADDER_COLUMNS, _ladder_rows(results["runs"])),
+        markdown_table(_LADDER_COLUMNS, _ladder_rows(results["runs"])),
         _figure(drawn, folder, "ladder", "Held-out loss of every rung."),
         *_retrieval(results, drawn, folder),
         "## Training",
@@ -204,7 +205,7 @@ def _markdown(
         "## A sample",
         _sample(results),
         "## How it was made",
-        _setup(results),
+        setup(results),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -265,7 +266,7 @@ def _claims(verdicts: Sequence[Verdict]) -> str:
         [*_verdict_cells(verdict), "yes" if verdict.holds else "**no**", verdict.claim.why]
         for verdict in verdicts
     ]
-    text = _markdown_table(["claim", "value", "limit", "holds", "note"], rows)
+    text = markdown_table(["claim", "value", "limit", "holds", "note"], rows)
     failed = [verdict.claim.statement for verdict in verdicts if not verdict.holds]
     if not failed:
         return text + "\n\nAll of them hold."
@@ -306,7 +307,7 @@ def _retrieval(results: Results, drawn: Mapping[str, Path], folder: Path) -> lis
     return [
         "## Retrieval",
         text,
-        _markdown_table(*_needle_rows(results)),
+        markdown_table(*_needle_rows(results)),
         _figure(
             drawn,
             folder,
@@ -376,65 +377,6 @@ def _sample(results: Results) -> str:
         f"```text\n{sample['prompt']}⟦{sample['text']}\n```\n\n"
         f"The row itself goes on:\n\n```text\n{sample['truth']}\n```"
     )
-
-
-def _setup(results: Results) -> str:
-    model, corpus, machine = results["model"], results["corpus"], results["machine"]
-    rows = []
-    for name, stage in results["runs"][0]["stages"].items():
-        rows.append(
-            [name, str(stage["steps"]), f"{stage['tokens']:,}", stage["rates"],
-             f"{stage['seconds']:.0f} s", f"`{stage['checkpoint']}`"]
-        )  # fmt: skip
-    laps = "; ".join(f"{part} {seconds:.0f}" for part, seconds in results["laps"].items())
-    served = "; ".join(f"`{op}` {what}" for op, what in results.get("implementations", {}).items())
-    served = f"Ops in training: {served}.\n\n" if served else ""
-    stages = _markdown_table(
-        ["stage", "steps", "tokens", "learning rates", "time", "checkpoint (seed 0)"], rows
-    )
-    return (
-        f"{model['layers']} layers of MLA, {model['description']}; {model['parameters']:,} "
-        f"parameters, {model['indexer_parameters']:,} of them in the indexers "
-        f"({model['indexer_parameters'] / model['parameters']:.1%}).\n\n{stages}\n\n{served}"
-        f"Text: {corpus['license']} {corpus['train_bytes']:,} bytes to train on; held out, whole: "
-        f"{', '.join(corpus['held_out'])} ({corpus['held_out_bytes']:,} bytes). Bytes are tokens; "
-        f"half of each row is running text, the rest quotes it{_mixture(results)}. "
-        f"Every loss above is over {corpus['scored']:,} held-out bytes in rows of "
-        f"{results['length']}, spread evenly over those books.\n\n"
-        f"Machine: {machine['device']}, {machine['cores']} cores, jax {machine['jax']}, "
-        f"{machine['date']}; {results['seconds']:.0f} s in all ({laps}). Again: "
-        f"`{results['command']}`. "
-        "Every training record is in `metrics.jsonl`, every number of this page in "
-        "`results.json`.\n\n"
-        f"Limits: {len(results['runs'])} seed(s), a small model, short rows. "
-        f"{results['topk']} keys of {results['length']} are a larger share than "
-        "DeepSeek-V3.2-Exp's 2048 of 131072 and yet far fewer keys: easier in one way, harsher in "
-        "the other. The quotations make distant keys matter; plain prose needs them far less at "
-        "this size, and a small loss here promises nothing about retrieval at 128K."
-    )
-
-
-def _mixture(results: Results) -> str:
-    """What else the rows are made of."""
-    text = ""
-    if "needles" in results["runs"][0]:
-        text += " and asks for the needles in it"
-    if lessons := results["corpus"].get("lessons"):
-        lengths = sorted({one["length"] for one in lessons if one["kind"] == "text"})
-        others = dict.fromkeys(one["kind"] for one in lessons if one["kind"] != "text")
-        text += (
-            f"; such documents of {', '.join(map(str, lengths))} bytes, from short to long, fill "
-            f"rows of {results['length']}"
-        )
-        if others:
-            text += f", after lessons in looking up that are made up ({', '.join(others)})"
-    return text
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" + "---:|" * (len(head) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def _figure(drawn: Mapping[str, Path], folder: Path, name: str, caption: str) -> str:

@@ -362,7 +362,8 @@ def _measured_cost(results: Results) -> str:
     )
     shape = results["cost"]["shape"]
     return (
-        f"Measured here, on a layer with {shape['heads']} heads and k = {shape['topk']}: "
+        f"Measured here at {', '.join(str(position) for position, _ in ratios)} keys, on a layer "
+        f"with {shape['heads']} heads and k = {shape['topk']}: "
         f"{crossing}; at {ratios[-1][0]} keys the ratio is {ratios[-1][1]:.1f}. In {dtype} on "
         f"{results['machine']['device']}, by {how}: the shape of the curve is the point, not its "
         "height."

@@ -47,9 +47,16 @@ def setup(results: Results) -> str:
         f"Limits: {len(results['runs'])} seed(s), a small model, short rows. "
         f"{results['topk']} keys of {results['length']} are a larger share than "
         "DeepSeek-V3.2-Exp's 2048 of 131072 and yet far fewer keys: easier in one way, harsher in "
-        "the other. The quotations make distant keys matter; plain prose needs them far less at "
+        f"the other. {_far(results)} make distant keys matter; plain prose needs them far less at "
         "this size, and a small loss here promises nothing about retrieval at 128K."
     )
+
+
+def _far(results: Results) -> str:
+    """What there is to look up."""
+    if "needles" in results["runs"][0]:
+        return "Needles, and quotations if the model has learnt to look them up,"
+    return "The quotations"
 
 
 def _mixture(results: Results) -> str:

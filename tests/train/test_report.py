@@ -124,6 +124,7 @@ def test_needles_get_a_section_with_every_model_and_length(tmp_path):
     folder = write_folder(tmp_path / "run", data=data)
     text = report.write(folder).read_text()
     assert "## Retrieval" in text
+    assert "Needles, and quotations if the model has learnt to look them up, make distant" in text
     assert "`dense_attention` mosaic; `top` xla (too wide)" in text
     cell = r"\| (\d\.\d+ ± \d\.\d+) "
     rows = re.findall(rf"^\| ([\w -]+) {cell}{cell}\|$", text, re.MULTILINE)

@@ -8,10 +8,11 @@ can beat the oracle by choosing better. Each control is a score, whose top-k is 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32, Int
 
 from pallas_kernels import KeyRange, Selection, indexer_scores, select_topk
@@ -26,6 +27,20 @@ Control = Literal["dense", "indexer", "random", "recent", "oracle", "all"]
 
 SCORED = ("indexer", "random", "recent", "oracle")
 """The controls that `control_keys` knows, in the order of its `which`."""
+
+
+class Way(NamedTuple):
+    """How a forward pass gets its keys.
+
+    Attributes:
+        attention: the model's argument.
+        which: index into `SCORED` of the control in the indexer's place; None: none is.
+        keys: how many the control chooses; 0 without one. Static: a program for each.
+    """
+
+    attention: Literal["dense", "sparse"]
+    which: np.int32 | None
+    keys: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +58,16 @@ class Mode:
     control: Control
     topk: int
     seed: int = 0
+
+    def way(self, own: int | None, length: int) -> Way:
+        """How to run a model of `own` keys on rows of `length`: one program for all controls."""
+        if self.control == "dense":
+            return Way("dense", None, 0)
+        if self.control == "indexer" and self.topk == own:
+            return Way("sparse", None, 0)  # nothing stands between the measurement and serving
+        if self.control == "all":
+            return Way("sparse", np.int32(SCORED.index("recent")), length)
+        return Way("sparse", np.int32(SCORED.index(self.control)), self.topk)
 
 
 def control_keys(

@@ -9,7 +9,7 @@ Each row therefore is a passage and then quotations from it, until the row is fu
     "And it came to pass after"
 
 A quotation's first bytes say which span it is; the rest has to be looked up, at a distance that
-no window of the latest keys covers. Long rows also hold needles, numbers under a name, and ask for
+no window of the latest keys covers. Long rows also hold needles, random words, and ask for
 them again (`train.needles`). Books that another book retells are not held out: Mark would
 leak through Matthew and Luke, Kings through Chronicles.
 """

@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags = os.environ.get("XLA_FLAGS", "")
         if flag.partition("=")[0] not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+    # Several processes share the device: none may take three quarters of it at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     config = tyro.cli(DemoConfig, args=given, prog="python -m train demo")
     console = Console()
     try:
@@ -125,7 +127,10 @@ def _run(config: DemoConfig, console: Console) -> Path:
     console.print(report.implementation_table(served))
     seeds = range(config.seed, config.seed + config.seeds)
     with _quick_compiles() if preset.quick_compiles else contextlib.nullcontext():
-        runs = [Seed(preset, folder, text, seed, console, laps).run() for seed in seeds]
+        kernels = config.kernels != "off"
+        runs = [
+            Seed(preset, folder, text, seed, console, laps, kernels=kernels).run() for seed in seeds
+        ]
     results = _results(config, name, preset, text, runs) | {"implementations": served}
     results["cost"] = measure_cost(preset, console)
     laps.end("time by position")
@@ -227,6 +232,7 @@ def _results(
         "length": preset.length,
         "long_length": preset.long_length,
         "local": preset.local,
+        "examiners": preset.examiners,
         "model": {
             "layers": m.num_hidden_layers,
             "parameters": first["parameters"]["all"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from train.controls import Mode
 from train.corpus import Corpus
 from train.data import Batch, Rows
 from train.demo_presets import Preset
-from train.evaluate import Evaluation, Windows, evaluate, held_out
+from train.evaluate import Windows, evaluate, held_out
 from train.ladder import Rung
 from train.sources import open_corpus
 
@@ -54,7 +54,7 @@ class Question(NamedTuple):
     """One evaluation.
 
     Attributes:
-        kind: `ladder`, `long` or `sweep`.
+        kind: `ladder`, `long`, `sweep`, `needles` or `picture`.
         rung: weights and control.
         topk: keys.
         length: tokens a row.
@@ -65,15 +65,7 @@ class Question(NamedTuple):
     rung: Rung
     topk: int
     length: int
-    measure: bool
-
-    def program(self, own: int) -> tuple:
-        """Equal for questions that one compiled program answers; `own` is the model's k."""
-        scored = self.rung.control in ("random", "recent", "oracle") or (
-            self.rung.control == "indexer" and self.topk != own
-        )
-        control = "scored" if scored else self.rung.control
-        return control, self.topk, self.length, self.measure
+    measure: bool = False
 
 
 class Exam:
@@ -101,39 +93,84 @@ class Exam:
             yield Question("long", rung, self.topk, p.long_length, True)
         for k in p.sweep:
             for rung in ladder.rungs(ladder.SWEEP):
-                yield Question("sweep", rung, k, p.length, False)
+                yield Question("sweep", rung, k, p.length)
+        if p.needles is not None:
+            for rung in ladder.rungs(ladder.ASKED):
+                yield Question("needles", rung, self.topk, max(p.needles.lengths))
+        for rung in ladder.rungs((ladder.SPARSE,)):
+            yield Question("picture", rung, self.topk, p.picture_length or p.length)
+
+    def program(self, q: Question) -> tuple:
+        """Equal for questions that one compiled program answers."""
+        kind = q.kind if q.kind in ("needles", "picture") else "loss"
+        way = Mode(q.rung.control, q.topk).way(self.topk, q.length)
+        return kind, way.attention, way.keys, q.topk, q.length, q.measure
+
+    def rehearse(
+        self, ahead: Ahead, model: Transformer, programs: Collection[tuple] | None = None
+    ) -> None:
+        """Answers one question of each program with a model of no worth, to have it compiled.
+
+        Args:
+            ahead: does it.
+            model: of the right shapes.
+            programs: which of them; None: all.
+        """
+        for program, q in {self.program(q): q for q in self.questions()}.items():
+            if programs is None or program in programs:
+                ahead.submit(self.answer, q, model, 1)
+
+    def answer(self, q: Question, model: Transformer, batches: int | None = None) -> Any:
+        """One answer.
+
+        Args:
+            q: what is asked.
+            model: of the weights that the question is about.
+            batches: of rows; None: all.
+
+        Returns:
+            An `Evaluation`; for needles `needles.evaluate`'s array; for the picture its arrays.
+        """
+        mode = Mode(q.rung.control, q.topk, self.seed)
+        if q.kind == "needles":
+            grid = self.preset.needles
+            assert grid is not None
+            made = needles.documents(grid, self.text.held_out_text, self.seed)
+            packed = needles.batches(grid, made)[:batches]
+            return needles.evaluate(model, grid, made, packed, mode)
+        rows = self.held_out(q.length)
+        if q.kind == "picture":
+            return ladder.snapshot(model, rows[len(rows) // 2])
+        return evaluate(model, rows[:batches], mode, self.windows, measure=q.measure)
 
     def take(
-        self, models: Mapping[str, Transformer], picture: Path, console: Console
+        self, answer: Callable[[Question], Any], picture: Path, console: Console
     ) -> dict[str, Any]:
         """All answers, as plain numbers.
 
         Args:
-            models: by the names in `train.ladder`.
+            answer: answers one question.
             picture: file for the arrays behind the picture of a selection.
             console: for progress.
         """
-        p = self.preset
-        rows = {n: self.held_out(n) for n in (p.length, p.long_length)}
-        found: dict[str, dict[str, Evaluation]] = {"ladder": {}, "long": {}}
-        sweep: dict[int, dict[str, Evaluation]] = {k: {} for k in p.sweep}
+        found: dict[tuple[str, int], dict[str, Any]] = {}
         questions = list(self.questions())
         with progress_bar(console) as progress:
             task = progress.add_task("", total=len(questions))
             for q in questions:
-                text = f"seed {self.seed}: {q.rung.title} (k = {q.topk}, T = {q.length})"
+                text = f"seed {self.seed}: {q.kind}, {q.rung.title} (k = {q.topk}, T = {q.length})"
                 progress.update(task, description=text)
-                answers = sweep[q.topk] if q.kind == "sweep" else found[q.kind]
-                answers[q.rung.name] = self.ask(q, models[q.rung.weights], rows[q.length])
+                found.setdefault((q.kind, q.topk), {})[q.rung.name] = answer(q)
                 progress.advance(task)
-        sweep[self.topk] = {name: found["ladder"][name] for name in ladder.SWEEP}
-        np.savez_compressed(picture, **self.draw(models[ladder.SPARSE]))  # pyright: ignore
-        same = found["ladder"]["warmed_all"], found["ladder"]["dense"]
-        return self.needles(models, console) | {
-            "ladder": ladder.summarise(found["ladder"], rows[p.length]),
-            "long_ladder": ladder.summarise(found["long"], rows[p.long_length]),
+        np.savez_compressed(picture, **found["picture", self.topk][ladder.SPARSE])
+        steps, long = found["ladder", self.topk], found["long", self.topk]
+        sweep = {k: found["sweep", k] for k in self.preset.sweep} | {self.topk: steps}
+        same = steps["warmed_all"], steps["dense"]
+        return self._needles(found.get(("needles", self.topk), {})) | {
+            "ladder": ladder.summarise(steps, self.held_out(self.preset.length)),
+            "long_ladder": ladder.summarise(long, self.held_out(self.preset.long_length)),
             "sweep": {
-                str(k): {name: e.cross_entropy for name, e in sweep[k].items()}
+                str(k): {r.name: sweep[k][r.name].cross_entropy for r in ladder.rungs(ladder.SWEEP)}
                 for k in sorted(sweep)
             },
             "scored": int(same[1].weights.sum()),
@@ -144,49 +181,14 @@ class Exam:
             },
         }
 
-    def rehearse(self, ahead: Ahead, model: Transformer) -> None:
-        """Answers one question of each program with a model of no worth, to have it compiled."""
-        programs = {q.program(self.topk): q for q in self.questions()}
-        for q in programs.values():
-            ahead.submit(self.ask, q, model, self.held_out(q.length)[:1])
-        ahead.submit(self.draw, model)
-        if self.preset.needles is not None:
-            for attention in ("dense", "sparse"):
-                ahead.submit(self._answer, model, attention, 1)
-
-    def ask(self, q: Question, model: Transformer, rows: list[Batch]) -> Evaluation:
-        """One evaluation."""
-        mode = Mode(q.rung.control, q.topk, self.seed)
-        return evaluate(model, rows, mode, self.windows, measure=q.measure)
-
-    def needles(self, models: Mapping[str, Transformer], console: Console) -> dict[str, Any]:
-        """The share of needles that each model answers, if any are asked for."""
-        grid, accuracy = self.preset.needles, {}
-        if grid is None:
+    def _needles(self, right: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The shares of needles answered, by depth and by document, if any were asked for."""
+        if self.preset.needles is None:
             return {}
-        for rung in ladder.rungs(ladder.ASKED):
-            attention = "dense" if rung.control == "dense" else "sparse"
-            found = accuracy[rung.name] = self._answer(models[rung.weights], attention)
-            shares = ", ".join(
-                f"{np.mean(share):.2f} of {length}"
-                for length, share in zip(grid.lengths, found, strict=True)
-            )
-            console.print(f"needles answered, {rung.title}: {shares}", highlight=False)
-        return {"needles": {**dataclasses.asdict(grid), "accuracy": accuracy}}
-
-    def _answer(
-        self, model: Transformer, attention: needles.Attention, batches: int | None = None
-    ) -> list[list[float]]:
-        grid = self.preset.needles
-        assert grid is not None
-        made = needles.documents(grid, self.text.held_out_text, self.seed)
-        packed = needles.batches(grid, made)[:batches]
-        return needles.evaluate(model, grid, made, packed, attention)
-
-    def draw(self, model: Transformer) -> dict[str, np.ndarray]:
-        """The arrays behind the picture of a selection."""
-        rows = self.held_out(self.preset.picture_length or self.preset.length)
-        return ladder.snapshot(model, rows[len(rows) // 2])
+        accuracy = {rung: answers.mean(axis=1).tolist() for rung, answers in right.items()}
+        documents = {rung: answers.mean(axis=2).tolist() for rung, answers in right.items()}
+        grid = dataclasses.asdict(self.preset.needles)
+        return {"needles": {**grid, "accuracy": accuracy, "documents": documents}}
 
     def data(self, path: Path) -> DataConfig:
         """A file of rows as documents, which fill the model's rows.

@@ -84,6 +84,7 @@ class Preset:
         remat: what the backward pass recomputes.
         compile_ahead: compile all programs side by side, the later stages' while the first one
             trains: for a machine with more cores than the device keeps busy.
+        examiners: have the models evaluated by processes of their own, see `train.examiners`.
         quick_compiles: leave out most of the compiler's optimizations: for a run whose programs
             take longer to compile than to run.
     """
@@ -111,6 +112,7 @@ class Preset:
     picture_length: int | None = None
     remat: str = "none"
     compile_ahead: bool = False
+    examiners: bool = False
     quick_compiles: bool = False
 
     @property
@@ -232,7 +234,7 @@ def _gpu() -> Preset:
         dense=StagePlan(3200, rate=1e-3, indexer_rate=0.0, final_fraction=0.1),
         warmup=StagePlan(400, rate=0.0, indexer_rate=2e-3),
         sparse=StagePlan(300, rate=3e-4, indexer_rate=1e-3),
-        scored_rows=4,
+        scored_rows=8,
         score_batch=2,
         sweep=(64,),
         local=512,
@@ -242,10 +244,11 @@ def _gpu() -> Preset:
         cost_positions=(1024, 16_384, 131_072),
         cost_sequences=16,
         lessons=_LESSONS,
-        needles=Grid((1024, 2048, 4096, 8192, 16_384), (0.1, 0.3, 0.5, 0.7, 0.9), 12, 4),
+        needles=Grid((1024, 2048, 4096, 8192, 16_384), (0.1, 0.3, 0.5, 0.7, 0.9), 40, 4),
         sample_length=512,
         picture_length=1024,
         compile_ahead=True,
+        examiners=True,
     )
 
 

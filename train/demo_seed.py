@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from train import corpus, ladder
 from train.ahead import Ahead
 from train.config import CheckpointConfig, TrainConfig
 from train.corpus import Corpus
-from train.demo_evaluation import Exam, measure_cost
+from train.demo_evaluation import Exam, Question, measure_cost
 from train.demo_presets import Preset, StagePlan
+from train.examiners import Examiners
 from train.laps import Laps
 from train.load import starting_model
 from train.loop import TrainResult, compile_step, train
@@ -46,16 +50,24 @@ class Seed:
         seed: int,
         console: Console,
         laps: Laps,
+        *,
+        kernels: bool = True,
     ):
         self.preset, self.root, self.text, self.seed = preset, folder, text, seed
         self.folder = folder / f"seed-{seed}"
         self.console, self.laps = console, laps
         self.exam = Exam(preset, text, root=folder, seed=seed)
+        self.kernels = kernels
         self.steps: dict[str, Future] = {}
+        self.examiners: Examiners | None = None
 
     def run(self) -> dict[str, Any]:
         """Everything, as plain numbers."""
-        with Ahead() as self.ahead:
+        with Ahead() as self.ahead, contextlib.ExitStack() as stack:
+            if self.preset.examiners:
+                config = self.config(_WARMUP, Stage.WARMUP, self.preset.warmup, None)
+                examiners = Examiners(self.exam, config, kernels=self.kernels)
+                self.examiners = stack.enter_context(examiners)
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -63,13 +75,19 @@ class Seed:
         self.compile_ahead()
         self.laps.end("first compilation")
         dense = self.stage(_DENSE, Stage.DENSE, p.dense, None)
-        models = {ladder.GRAFTED: self.graft(dense)}
+        graft = self.config(_WARMUP, Stage.WARMUP, p.warmup, dense.checkpoint_dir)
+        self.hand_in(ladder.GRAFTED, graft)
+        models = {ladder.GRAFTED: starting_model(graft)}
         self.laps.end("graft")
         warmed = self.stage(_WARMUP, Stage.WARMUP, p.warmup, dense.checkpoint_dir)
         # Both go on from the warm-up's checkpoint: the same main weights, to the bit, as the dense
         # one, and the same place in the data. The control ignores its indexer.
+        plain = self.config(_CONTROL, Stage.DENSE, p.sparse, warmed.checkpoint_dir)
+        self.hand_in(ladder.WARMED, plain)
         sparse = self.stage(_SPARSE, Stage.SPARSE, p.sparse, warmed.checkpoint_dir)
+        self.hand_in(ladder.SPARSE, dataclasses.replace(plain, init_from=sparse.checkpoint_dir))
         control = self.stage(_CONTROL, Stage.DENSE, p.sparse, warmed.checkpoint_dir)
+        self.hand_in(ladder.CONTROL, dataclasses.replace(plain, init_from=control.checkpoint_dir))
         models |= {
             ladder.WARMED: warmed.model,
             ladder.SPARSE: sparse.model,
@@ -81,7 +99,7 @@ class Seed:
         out["parameters"] = _count(sparse.model)
         self.ahead.wait()  # else both would compile what is not done yet
         self.laps.end("other compilations")
-        out |= self.exam.take(models, self.folder / "selection.npz", self.console)
+        out |= self.exam.take(self.answer(models), self.folder / "selection.npz", self.console)
         self.laps.end("evaluation")
         out["checks"]["changed_frozen_arrays"] = changed_arrays(
             models[ladder.GRAFTED], models[ladder.WARMED]
@@ -91,6 +109,22 @@ class Seed:
         self.laps.end("sample")
         return out
 
+    def hand_in(self, name: str, config: TrainConfig) -> None:
+        """A model for the examiners, if there are any: what a run of `config` would start from."""
+        if self.examiners is not None:
+            self.examiners.hand_in(name, config)
+
+    def answer(self, models: Mapping[str, Transformer]) -> Callable[[Question], Any]:
+        """Who answers the exam's questions: the examiners, or if there are none we ourselves."""
+
+        def answer(q: Question) -> Any:
+            if self.examiners is not None:
+                with contextlib.suppress(BrokenExecutor):
+                    return self.examiners.answer(q)
+            return self.exam.answer(q, models[q.rung.weights])
+
+        return answer
+
     def compile_ahead(self) -> None:
         """The first stage's step now; what comes after it while it trains."""
         p = self.preset
@@ -99,8 +133,7 @@ class Seed:
         dense = self.config(_DENSE, Stage.DENSE, p.dense, None)
         self.steps[_DENSE] = self.ahead.submit(compile_step, dense)
         text = self.ahead.submit(open_corpus, dense.data, p.model.vocab_size, self.root / "tokens")
-        for first in (self.steps[_DENSE], text):  # before others compete with them
-            first.result()
+        text.result()  # before others compete with it, and with tracing the first step
         warmup = self.config(_WARMUP, Stage.WARMUP, p.warmup, None)
         sparse = self.config(_SPARSE, Stage.SPARSE, p.sparse, None)
         control = self.config(_CONTROL, Stage.DENSE, p.sparse, None)
@@ -111,7 +144,8 @@ class Seed:
     def rehearse(self, config: TrainConfig) -> None:
         """Has all else compiled, with a model of no worth."""
         model = starting_model(config)
-        self.exam.rehearse(self.ahead, model)
+        if self.examiners is None:
+            self.exam.rehearse(self.ahead, model)
         self.ahead.submit(self.sample, model)
         self.ahead.submit(measure_cost, self.preset, Console(quiet=True), 1)
 
@@ -148,12 +182,6 @@ class Seed:
                 "the same command goes on from there"
             )
         return result
-
-    def graft(self, dense: TrainResult) -> Transformer:
-        """The dense model with the fresh indexer that warm-up starts from."""
-        return starting_model(
-            self.config(_WARMUP, Stage.WARMUP, self.preset.warmup, dense.checkpoint_dir)
-        )
 
     def describe(self, name: str, result: TrainResult) -> dict[str, Any]:
         """What the report says of a stage. Times come from the log: a resumed stage's too."""

@@ -26,7 +26,7 @@ from rich.table import Table
 from dsa_jax.sharding import MeshConfig, make_mesh
 from train import metrics
 from train.config import DataConfig
-from train.controls import SCORED, Control, Mode, selector
+from train.controls import Control, Mode, selector
 from train.data import Batch, Rows
 from train.load import load_model
 from train.probe import MetricSums, RowMetrics, probe
@@ -161,19 +161,9 @@ def _check(model: Transformer, mode: Mode) -> None:
 def _run(
     model: Transformer, batch: Batch, mode: Mode, windows: Windows | None
 ) -> tuple[jax.Array, RowMetrics | None]:
-    """Picks the compiled program: one serves every control of one k."""
-    own = mode.control == "indexer" and mode.topk == model.config.index_topk
-    if mode.control == "dense" or own:
-        # Nothing stands between the measurement and what is served.
-        attention = "dense" if mode.control == "dense" else "sparse"
-        return _forward(model, batch, attention, mode.topk, windows)
-    control, topk = mode.control, mode.topk
-    if control == "all":
-        control, topk = "recent", batch["tokens"].shape[1]
-    which = np.int32(SCORED.index(control))
-    return _forward(
-        model, batch, "sparse", mode.topk, windows, which, np.int32(mode.seed), keys=topk
-    )
+    way = mode.way(model.config.index_topk, batch["tokens"].shape[1])
+    seed = np.int32(mode.seed)
+    return _forward(model, batch, way.attention, mode.topk, windows, way.which, seed, keys=way.keys)
 
 
 @functools.partial(jax.jit, static_argnames=("attention", "topk", "windows", "keys"))
@@ -183,10 +173,10 @@ def _forward(
     attention: Literal["dense", "sparse"],
     topk: int,
     windows: Windows | None,
-    which: jax.Array | None = None,
-    seed: jax.Array | int = 0,
+    which: jax.Array | None,
+    seed: jax.Array,
     *,
-    keys: int = 0,
+    keys: int,
 ) -> tuple[jax.Array, RowMetrics | None]:
     out = model(
         batch["tokens"],

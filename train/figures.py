@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter
 
 from train.figure_style import COLORS, FAILING, STYLE, TITLES, size_label
 from train.figures_cost import cost, selection
+from train.ladder import rungs
 
 Results = Mapping[str, Any]
 Curves = Sequence[Mapping[str, Sequence[Mapping[str, Any]]]]
@@ -208,23 +209,33 @@ def needles(results: Results) -> Figure:
     """The share of needles answered, by length of the document and depth in it."""
     runs = results["runs"]
     asked = runs[0]["needles"]
+    shown = rungs(list(asked["accuracy"]))
+    columns = min(len(shown), 4)
+    rows = -(-len(shown) // columns)
     figure, panels = plt.subplots(
-        1, len(asked["accuracy"]), figsize=(13, 3.4), layout="constrained", sharey=True
-    )
+        rows, columns, figsize=(13, 0.6 + 2.4 * rows), layout="constrained", sharex=True,
+        sharey=True, squeeze=False,
+    )  # fmt: skip
+    for unused in panels.flat[len(shown) :]:
+        unused.set_axis_off()
+    trained = sum(length <= results["length"] for length in asked["lengths"])
     images = []
-    for axes, rung in zip(panels, asked["accuracy"], strict=True):
-        share = np.mean([run["needles"]["accuracy"][rung] for run in runs], axis=0)
+    for axes, rung in zip(panels.flat, shown, strict=False):
+        share = np.mean([run["needles"]["accuracy"][rung.name] for run in runs], axis=0)
         images.append(axes.imshow(share.T, vmin=0, vmax=1, cmap="viridis", aspect="auto"))
         for (row, column), value in np.ndenumerate(share):
             color = "white" if value < 0.6 else "black"
             axes.text(
                 row, column, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8
             )
-        axes.set(title=TITLES[rung], xlabel="bytes")
+        if trained < len(asked["lengths"]):
+            axes.axvline(trained - 0.5, color="#888888", linewidth=2)
+        axes.set_title(rung.title)
         axes.set_xticks(range(len(asked["lengths"])), [size_label(n) for n in asked["lengths"]])
         axes.set_yticks(range(len(asked["depths"])), [f"{depth:.0%}" for depth in asked["depths"]])
         axes.grid(visible=False)
-    panels[0].set_ylabel("depth of the needle")
+    figure.supxlabel("bytes of the document", fontsize=10)
+    figure.supylabel("depth of the needle", fontsize=10)
     figure.colorbar(images[-1], ax=panels, label="answered", shrink=0.9)
     return figure
 

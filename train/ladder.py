@@ -63,7 +63,7 @@ LADDER = (
 LONG = ("dense", "untrained", "recent", "oracle", "warmed", "sparse", "control")
 """Rungs that are also evaluated on longer rows."""
 
-ASKED = ("dense", "untrained", "warmed", "sparse", "control")
+ASKED = ("dense", "untrained", "random", "recent", "oracle", "warmed", "sparse", "control")
 """Rungs that are also asked for needles."""
 
 SWEEP = ("recent", "oracle", "warmed", "sparse")

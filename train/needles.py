@@ -6,7 +6,8 @@
 Two letters do not say which four follow; nothing but the place where the word was hidden does. So
 a model that answers has looked it up, however far back it is. No two words of a text begin with
 the same two letters. `documents` makes the usual grid of how long the text is and how deep in it
-the needle lies, and `evaluate` the share of answers that are right in every letter.
+the needle lies; each text hides a needle at every depth and asks for all of them at its end.
+`evaluate` tells which answers are right in every letter, by the indexer's keys or by a control's.
 """
 
 from __future__ import annotations
@@ -23,12 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train.controls import Mode, selector
 from train.data import NO_TARGET, Batch
 
 if TYPE_CHECKING:
     from dsa_jax.transformer import Transformer
-
-Attention = Literal["dense", "sparse"]
 
 SPACING = 128
 """Bytes of a row for each needle in it."""
@@ -65,8 +65,8 @@ class Grid:
 
     Attributes:
         lengths: tokens of a document; each divides the longest.
-        depths: where the needle lies, as a share of the text before the question.
-        count: documents of each length and depth.
+        depths: where the needles lie, as shares of the text before the questions.
+        count: documents of each length.
         batch: rows, of the longest length, in a forward pass.
     """
 
@@ -77,17 +77,17 @@ class Grid:
 
 
 class Document(NamedTuple):
-    """A text that ends in a question and its answer.
+    """A text that ends in questions and their answers.
 
     Attributes:
         text: ASCII.
-        answer: index of the answer's first letter.
-        cell: row and column of the grid.
+        answers: index of the first letter of each depth's answer.
+        row: of the grid: which length.
     """
 
     text: str
-    answer: int
-    cell: tuple[int, int]
+    answers: tuple[int, ...]
+    row: int
 
 
 def documents(grid: Grid, text: str, seed: int = 0) -> list[Document]:
@@ -96,37 +96,43 @@ def documents(grid: Grid, text: str, seed: int = 0) -> list[Document]:
     Args:
         grid: what is asked.
         text: running text, from which passages are cut.
-        seed: of passages, needles and the places of those that are not asked for.
+        seed: of passages, needles, the order of the questions and the places of those needles
+            that are not asked for.
     """
     rng = random.Random(seed)
-    made = []
-    for row, length in sorted(enumerate(grid.lengths), key=lambda x: -x[1]):
-        for column, depth in enumerate(grid.depths):
-            for _ in range(grid.count):
-                made.append(_document(text, length, depth, (row, column), rng))
-    return made
+    return [
+        _document(text, length, row, grid.depths, rng)
+        for row, length in sorted(enumerate(grid.lengths), key=lambda x: -x[1])
+        for _ in range(grid.count)
+    ]
 
 
 def _document(
-    text: str, length: int, depth: float, cell: tuple[int, int], rng: random.Random
+    text: str, length: int, row: int, depths: Sequence[float], rng: random.Random
 ) -> Document:
-    asked, *others = draw(rng, max(1, length // SPACING))
-    question = f"\n{asked}"
-    room = length - len(question) - (len(asked) + 1) * (1 + len(others))
+    drawn = draw(rng, max(len(depths), length // SPACING))
+    asked, others = drawn[: len(depths)], drawn[len(depths) :]
+    order = rng.sample(range(len(depths)), len(depths))
+    questions = "".join(f"\n{asked[i]}" for i in order)
+    room = length - len(questions) - SIZE * len(drawn)
     start = rng.randrange(max(1, len(text) - room))
     passage = text[start : start + room]
     places = [m.start() for m in re.finditer(r"\w+", passage)] or [0]
-    wanted = min(places, key=lambda place: abs(place - depth * room))
-    hidden = [(wanted, asked), *((rng.choice(places), needle) for needle in others)]
-    whole = insert(passage, sorted(hidden)) + question
-    return Document(whole, len(whole) - 1 - _ANSWER, cell)
+    hidden = [(rng.choice(places), needle) for needle in others]
+    for depth, needle in zip(depths, asked, strict=True):
+        hidden.append((min(places, key=lambda place: abs(place - depth * room)), needle))
+    whole = insert(passage, sorted(hidden))
+    first = len(whole) + len("\n[QF")
+    answers = tuple(first + SIZE * order.index(i) for i in range(len(depths)))
+    return Document(whole + questions, answers, row)
 
 
 def batches(grid: Grid, made: Sequence[Document]) -> list[tuple[Batch, np.ndarray]]:
     """Documents packed into rows of the longest length.
 
     Returns:
-        Batches, and `[B, T]` which document's answer the *next* token belongs to; -1: none's.
+        Batches, and `[B, T]` which answer the *next* token belongs to, counted through the depths
+        of one document after the other's; -1: none.
     """
     longest = max(grid.lengths)
     rows: list[list[int]] = [[]]
@@ -158,8 +164,9 @@ def _row(length: int, placed: Sequence[tuple[int, Document]]) -> dict[str, Any]:
         row["segment_ids"][here] = segment
         row["positions"][here] = np.arange(size)
         row["targets"][start : start + size - 1] = row["tokens"][start + 1 : start + size]
-        answer = start + document.answer - 1
-        row["answers"][answer : answer + _ANSWER] = number
+        for depth, first in enumerate(document.answers):
+            answer = start + first - 1
+            row["answers"][answer : answer + _ANSWER] = number * len(document.answers) + depth
         start += size
     return row
 
@@ -169,33 +176,48 @@ def evaluate(
     grid: Grid,
     made: Sequence[Document],
     packed: Sequence[tuple[Batch, np.ndarray]],
-    attention: Attention,
-) -> list[list[float]]:
-    """The share of right answers of each length and depth, greedy: every letter the likeliest.
+    mode: Mode,
+) -> np.ndarray:
+    """Which answers are right, greedy: every letter the likeliest.
 
     Args:
         model: its parameters are not changed.
         grid: what is asked.
         made: from `documents`.
         packed: from `batches`.
-        attention: dense, or the indexer's selection.
+        mode: what chooses the keys.
+
+    Returns:
+        `[lengths, count, depths]` booleans, the documents of a length in the order of `made`.
     """
-    right = np.ones(len(made), bool)
+    right = np.ones((len(made), len(grid.depths)), bool)
     for batch, answers in packed:
-        hits = np.asarray(_hits(model, batch, attention))
-        right[answers[(answers >= 0) & ~hits]] = False
-    shares = np.zeros((len(grid.lengths), len(grid.depths)))
-    for document, hit in zip(made, right, strict=True):
-        shares[document.cell] += hit / grid.count
-    return shares.tolist()
+        hits = np.asarray(_run(model, batch, mode))
+        right.reshape(-1)[answers[(answers >= 0) & ~hits]] = False
+    rows = np.array([document.row for document in made])
+    return np.stack([right[rows == row] for row in range(len(grid.lengths))])
 
 
-@functools.partial(jax.jit, static_argnames="attention")
-def _hits(model: Transformer, batch: Batch, attention: Attention) -> jax.Array:
+def _run(model: Transformer, batch: Batch, mode: Mode) -> jax.Array:
+    way = mode.way(model.config.index_topk, batch["tokens"].shape[1])
+    return _hits(model, batch, way.attention, way.which, np.int32(mode.seed), keys=way.keys)
+
+
+@functools.partial(jax.jit, static_argnames=("attention", "keys"))
+def _hits(
+    model: Transformer,
+    batch: Batch,
+    attention: Literal["dense", "sparse"],
+    which: jax.Array | None,
+    seed: jax.Array,
+    *,
+    keys: int,
+) -> jax.Array:
     out = model(
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
         attention=attention,
+        selector=None if which is None else selector(which, topk=keys, seed=seed),
     )
     return jnp.argmax(out.logits, axis=-1) == batch["targets"]

@@ -19,7 +19,8 @@ from train import claims as claims_module
 from train import figures, needles
 from train.claims import Verdict, mean_and_range, number
 from train.cost import LayerShape
-from train.ladder import LADDER
+from train.ladder import LADDER, rungs
+from train.report_setup import markdown_table, setup
 from train.tracker import read_metrics
 
 Results = Mapping[str, Any]
@@ -107,7 +108,7 @@ def implementation_table(served: Mapping[str, str]) -> Table:
 def needle_table(results: Results) -> Table:
     """Retrieval for the terminal."""
     out = _table("Needles answered, by bytes of the document")
-    head, rows = _needle_rows(results)
+    head, rows = _needle_rows(results, errors=False)
     for i, column in enumerate(head):
         out.add_column(column, justify="right" if i else "left", no_wrap=True)
     for cells in rows:
@@ -154,27 +155,19 @@ def _ladder_rows(runs: Sequence[Results]) -> list[list[str]]:
     return rows
 
 
-_NEEDLE_TITLES = {
-    "dense": "dense",
-    "untrained": "untrained indexer",
-    "warmed": "warm-up only",
-    "sparse": "after sparse training",
-    "control": "dense control",
-}
-
-
-def _needle_rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row a model, a column a length."""
+def _needle_rows(results: Results, errors: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: a row a rung, a column a length; with the standard error over documents."""
     runs = results["runs"]
-    lengths = runs[0]["needles"]["lengths"]
+    asked = runs[0]["needles"]
     rows = []
-    for rung, title in _NEEDLE_TITLES.items():
-        cells = [
-            mean_and_range([claims_module.needle_accuracy(run, rung, n) for run in runs])
-            for n in lengths
-        ]
-        rows.append([title, *cells])
-    return ["weights and keys", *(str(n) for n in lengths)], rows
+    for rung in rungs(list(asked["accuracy"])):
+        cells = []
+        for column in range(len(asked["lengths"])):
+            shares = [x for run in runs for x in run["needles"]["documents"][rung.name][column]]
+            error = f" ± {np.std(shares, ddof=1) / len(shares) ** 0.5:.3f}" if errors else ""
+            cells.append(f"{np.mean(shares):.3f}{error}")
+        rows.append([rung.title, *cells])
+    return ["weights and keys", *(str(n) for n in asked["lengths"])], rows
 
 
 def _verdict_cells(verdict: Verdict) -> list[str]:
@@ -196,7 +189,7 @@ def _markdown(
         _claims(verdicts),
         "## The ladder",
         _ladder_text(results),
-        _markdown_table(_LADDER_COLUMNS, _ladder_rows(results["runs"])),
+        markdown_table(_LADDER_COLUMNS, _ladder_rows(results["runs"])),
         _figure(drawn, folder, "ladder", "Held-out loss of every rung."),
         *_retrieval(results, drawn, folder),
         "## Training",
@@ -212,7 +205,7 @@ def _markdown(
         "## A sample",
         _sample(results),
         "## How it was made",
-        _setup(results),
+        setup(results),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -230,6 +223,10 @@ _LAYERS_CAPTION = (
     "Measured in each model's own forward pass, as served; over rows with more than k keys. Green "
     "marks are the oracle on the same queries: the ceiling of recall, and the recency that the "
     "teacher's own choice has."
+)
+_NEEDLES_CAPTION = (
+    "The share answered, by length of the document and by how deep in it the needle lies. Right of "
+    "the grey line documents are longer than any in training."
 )
 _SWEEP_CAPTION = (
     "The same weights with another k at evaluation; no weight was trained for it except at the "
@@ -269,7 +266,7 @@ def _claims(verdicts: Sequence[Verdict]) -> str:
         [*_verdict_cells(verdict), "yes" if verdict.holds else "**no**", verdict.claim.why]
         for verdict in verdicts
     ]
-    text = _markdown_table(["claim", "value", "limit", "holds", "note"], rows)
+    text = markdown_table(["claim", "value", "limit", "holds", "note"], rows)
     failed = [verdict.claim.statement for verdict in verdicts if not verdict.holds]
     if not failed:
         return text + "\n\nAll of them hold."
@@ -294,19 +291,29 @@ def _retrieval(results: Results, drawn: Mapping[str, Path], folder: Path) -> lis
     if "needles" not in results["runs"][0]:
         return []
     asked, length, k = results["runs"][0]["needles"], results["length"], results["topk"]
+    depths, count = asked["depths"], asked["count"] * len(results["runs"])
     text = (
-        "A random word of six letters stands somewhere in held-out running text, among other "
-        f"such needles, one for every {needles.SPACING} bytes; the text ends in its first two "
-        "letters, and an answer counts if each of the other four is the likeliest one. "
-        f"{asked['count']} documents for each of {len(asked['depths'])} depths and each length, "
-        "the same for all models; the mean over depths. Training had documents of up to "
-        f"{length} bytes. {k} keys are {k / max(asked['lengths']):.1%} of the longest."
+        "Random words of six letters, drawn anew, stand in held-out running text, one for every "
+        f"{needles.SPACING} bytes. The text ends by asking for {len(depths)} of them, one "
+        "from each of the depths below, in random order and by their "
+        "first two letters; an answer counts if each of the other four is the likeliest one. "
+        f"{count} documents, so {count * len(depths)} answers, of each length, the same for all "
+        "rungs; ± is the standard error over documents, which says little where nearly all or "
+        f"nearly none are right. Training had documents of up to {length} bytes; longer ones are "
+        f"beyond it. {k} keys are {k / length:.1%} of {length} and "
+        f"{k / max(asked['lengths']):.1%} of {max(asked['lengths'])}. Untrained, random, most "
+        "recent and oracle keys are asked of the dense checkpoint's weights."
     )
     return [
         "## Retrieval",
         text,
-        _markdown_table(*_needle_rows(results)),
-        _figure(drawn, folder, "needles", "By length, and by how deep in it the needle lies."),
+        markdown_table(*_needle_rows(results)),
+        _figure(
+            drawn,
+            folder,
+            "needles",
+            "By length of the document, and by how deep in it the needle lies.",
+        ),
     ]
 
 
@@ -355,7 +362,8 @@ def _measured_cost(results: Results) -> str:
     )
     shape = results["cost"]["shape"]
     return (
-        f"Measured here, on a layer with {shape['heads']} heads and k = {shape['topk']}: "
+        f"Measured here at {', '.join(str(position) for position, _ in ratios)} keys, on a layer "
+        f"with {shape['heads']} heads and k = {shape['topk']}: "
         f"{crossing}; at {ratios[-1][0]} keys the ratio is {ratios[-1][1]:.1f}. In {dtype} on "
         f"{results['machine']['device']}, by {how}: the shape of the curve is the point, not its "
         "height."
@@ -370,65 +378,6 @@ def _sample(results: Results) -> str:
         f"```text\n{sample['prompt']}⟦{sample['text']}\n```\n\n"
         f"The row itself goes on:\n\n```text\n{sample['truth']}\n```"
     )
-
-
-def _setup(results: Results) -> str:
-    model, corpus, machine = results["model"], results["corpus"], results["machine"]
-    rows = []
-    for name, stage in results["runs"][0]["stages"].items():
-        rows.append(
-            [name, str(stage["steps"]), f"{stage['tokens']:,}", stage["rates"],
-             f"{stage['seconds']:.0f} s", f"`{stage['checkpoint']}`"]
-        )  # fmt: skip
-    laps = "; ".join(f"{part} {seconds:.0f}" for part, seconds in results["laps"].items())
-    served = "; ".join(f"`{op}` {what}" for op, what in results.get("implementations", {}).items())
-    served = f"Ops in training: {served}.\n\n" if served else ""
-    stages = _markdown_table(
-        ["stage", "steps", "tokens", "learning rates", "time", "checkpoint (seed 0)"], rows
-    )
-    return (
-        f"{model['layers']} layers of MLA, {model['description']}; {model['parameters']:,} "
-        f"parameters, {model['indexer_parameters']:,} of them in the indexers "
-        f"({model['indexer_parameters'] / model['parameters']:.1%}).\n\n{stages}\n\n{served}"
-        f"Text: {corpus['license']} {corpus['train_bytes']:,} bytes to train on; held out, whole: "
-        f"{', '.join(corpus['held_out'])} ({corpus['held_out_bytes']:,} bytes). Bytes are tokens; "
-        f"half of each row is running text, the rest quotes it{_mixture(results)}. "
-        f"Every loss above is over {corpus['scored']:,} held-out bytes in rows of "
-        f"{results['length']}, spread evenly over those books.\n\n"
-        f"Machine: {machine['device']}, {machine['cores']} cores, jax {machine['jax']}, "
-        f"{machine['date']}; {results['seconds']:.0f} s in all ({laps}). Again: "
-        f"`{results['command']}`. "
-        "Every training record is in `metrics.jsonl`, every number of this page in "
-        "`results.json`.\n\n"
-        f"Limits: {len(results['runs'])} seed(s), a small model, short rows. "
-        f"{results['topk']} keys of {results['length']} are a larger share than "
-        "DeepSeek-V3.2-Exp's 2048 of 131072 and yet far fewer keys: easier in one way, harsher in "
-        "the other. The quotations make distant keys matter; plain prose needs them far less at "
-        "this size, and a small loss here promises nothing about retrieval at 128K."
-    )
-
-
-def _mixture(results: Results) -> str:
-    """What else the rows are made of."""
-    text = ""
-    if "needles" in results["runs"][0]:
-        text += " and asks for the needles in it"
-    if lessons := results["corpus"].get("lessons"):
-        lengths = sorted({one["length"] for one in lessons if one["kind"] == "text"})
-        others = dict.fromkeys(one["kind"] for one in lessons if one["kind"] != "text")
-        text += (
-            f"; such documents of {', '.join(map(str, lengths))} bytes, from short to long, fill "
-            f"rows of {results['length']}"
-        )
-        if others:
-            text += f", after lessons in looking up that are made up ({', '.join(others)})"
-    return text
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" + "---:|" * (len(head) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def _figure(drawn: Mapping[str, Path], folder: Path, name: str, caption: str) -> str:

@@ -50,14 +50,20 @@ def rung(name, shift):
     }
 
 
-ACCURACY = {"dense": 0.98, "untrained": 0.02, "warmed": 0.95, "sparse": 0.97, "control": 0.98}
+ACCURACY = {
+    "dense": 0.98, "untrained": 0.02, "random": 0.01, "recent": 0.08, "oracle": 0.97,
+    "warmed": 0.95, "sparse": 0.97, "control": 0.98,
+}  # fmt: skip
 
 
 def needles():
     """Answers to a grid of two lengths and three depths."""
     accuracy = {rung: [[share + 0.01, share, share - 0.01]] * 2 for rung, share in ACCURACY.items()}
+    documents = {
+        rung: [[share + 0.02, share - 0.02, share, share]] * 2 for rung, share in ACCURACY.items()
+    }
     return {"lengths": [LENGTH, LONG], "depths": [0.1, 0.5, 0.9], "count": 4, "batch": 1,
-            "accuracy": accuracy}  # fmt: skip
+            "accuracy": accuracy, "documents": documents}  # fmt: skip
 
 
 def run(seed):

@@ -1,5 +1,6 @@
 """Work ahead of time is finished, work of work included; and the stopwatch of the demo."""
 
+import sys
 import threading
 import time
 
@@ -35,6 +36,13 @@ def test_what_fails_ahead_is_told_to_who_asks_for_it_alone():
         work = ahead.submit(fail)
         ahead.wait()
     assert str(work.exception()) == "too early"
+
+
+def test_who_trains_gets_the_interpreter_soon_and_later_work_as_before():
+    before = sys.getswitchinterval()
+    with Ahead():
+        assert sys.getswitchinterval() < 1e-3 <= before
+    assert sys.getswitchinterval() == before
 
 
 def test_laps_add_up_by_name(monkeypatch):

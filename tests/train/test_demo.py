@@ -11,16 +11,19 @@ import pytest
 from rich.console import Console
 
 from dsa_jax import presets
-from train import corpus, demo, demo_presets, report
+from train import corpus, demo, demo_presets, examiners, report
 from train.__main__ import main
 from train.checkpoints import Checkpoints
 from train.cost import LayerShape
+from train.demo_evaluation import Exam
 from train.demo_presets import PRESETS, StagePlan
-from train.demo_seed import changed_arrays
-from train.ladder import LADDER, LONG, SWEEP
+from train.demo_seed import Seed, changed_arrays
+from train.ladder import ASKED, LADDER, LONG, SWEEP
+from train.laps import Laps
 from train.lessons import Lesson
 from train.load import load_model
 from train.needles import Grid
+from train.stages import Stage
 from train.tracker import read_metrics
 
 
@@ -166,6 +169,11 @@ def test_the_results_have_every_rung(finished):
     for numbers in run["ladder"].values():
         assert 0 < numbers["cross_entropy"] < 20
         assert 0 < numbers["quoted_loss"] < 20
+    grid = tiny_preset().needles
+    asked = run["needles"]
+    assert set(asked["accuracy"]) == set(asked["documents"]) == set(ASKED)
+    assert np.shape(asked["accuracy"]["sparse"]) == (len(grid.lengths), len(grid.depths))
+    assert np.shape(asked["documents"]["sparse"]) == (len(grid.lengths), grid.count)
 
 
 def test_the_stages_are_what_they_claim(finished):
@@ -234,6 +242,36 @@ def test_a_demo_that_was_stopped_goes_on(finished, source):
     new = json.loads((folder / "results.json").read_text())
     for key in ("ladder", "long_ladder", "sweep", "checks", "stages", "sample"):
         assert new["runs"][0][key] == old["runs"][0][key], key
+
+
+class Excerpt(Exam):
+    """Two questions about one model."""
+
+    def questions(self):
+        for q in super().questions():
+            if q.rung.name == "sparse" and q.kind in ("ladder", "needles"):
+                yield q
+
+
+def test_examiners_answer_as_the_demo_itself_does(finished, source):
+    folder, _ = finished
+    (run,) = json.loads((folder / "results.json").read_text())["runs"]
+    preset = tiny_preset()
+    text = corpus.write(
+        folder / "text", length=64, held_out_lengths=preset.held_out_lengths, hide=True,
+        source=source,
+    )  # fmt: skip
+    seed = Seed(preset, folder, text, 0, Console(quiet=True), Laps())
+    config = seed.config("control", Stage.DENSE, preset.sparse, None)
+    trained = dataclasses.replace(config, init_from=folder / "seed-0" / "sparse" / "checkpoints")
+    exam = Excerpt(preset, text, root=folder, seed=0)
+    with examiners.Examiners(exam, config, count=1) as asked:
+        asked.hand_in("sparse", trained)
+        steps, found = (asked.answer(q) for q in exam.questions())
+    wanted = run["ladder"]["sparse"]
+    assert steps.cross_entropy == pytest.approx(wanted["cross_entropy"], rel=1e-6)
+    assert steps.summary()["mass_recall"] == pytest.approx(wanted["mass_recall"], rel=1e-6)
+    assert found.mean(axis=2).tolist() == run["needles"]["documents"]["sparse"]
 
 
 def test_the_report_can_be_written_again(finished):

@@ -11,6 +11,7 @@ from demo_results import needles, results, write_folder
 from rich.console import Console
 
 from train import figures, report
+from train.ladder import ASKED, rungs
 
 
 def size_of_png(path):
@@ -123,11 +124,17 @@ def test_needles_get_a_section_with_every_model_and_length(tmp_path):
     folder = write_folder(tmp_path / "run", data=data)
     text = report.write(folder).read_text()
     assert "## Retrieval" in text
+    assert "Needles, and quotations if the model has learnt to look them up, make distant" in text
     assert "`dense_attention` mosaic; `top` xla (too wide)" in text
-    rows = re.findall(r"^\| ([\w -]+) \| (\d\.\d+) \| (\d\.\d+) \|$", text, re.MULTILINE)
-    assert ("warm-up only", "0.950", "0.950") in rows
-    assert len([row for row in rows if row[0] in report._NEEDLE_TITLES.values()]) == 5
+    cell = r"\| (\d\.\d+ ± \d\.\d+) "
+    rows = re.findall(rf"^\| ([\w -]+) {cell}{cell}\|$", text, re.MULTILINE)
+    # Four documents, 0.02 above, 0.02 below and twice at the mean: 0.02 sqrt(2 / 3 / 4).
+    assert ("warmed-up indexer", "0.950 ± 0.008", "0.950 ± 0.008") in rows
+    assert [row[0] for row in rows] == [rung.title for rung in rungs(ASKED)]
+    assert "4 documents, so 12 answers, of each length" in text
     assert size_of_png(folder / "figures" / "needles.png")[0] > 600
     console = Console(width=80, record=True)
     console.print(report.needle_table(data))
-    assert "after sparse training" in console.export_text()
+    shown = console.export_text()
+    assert "sparse-trained" in shown
+    assert "…" not in shown

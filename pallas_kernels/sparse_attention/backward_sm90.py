@@ -37,6 +37,7 @@ from pallas_kernels.sparse_attention import (
     weights_and_sums_sm90,
 )
 from pallas_kernels.sparse_attention.backward_lists import ascending, pairs_by_key
+from pallas_kernels.sparse_attention.backward_scales import scales_of_keys
 from pallas_kernels.sparse_attention.backward_shares import share_columns
 from pallas_kernels.tiling import vary_like
 
@@ -59,7 +60,8 @@ def backward(
     _, _, heads, width = q.shape
     # P, dS and the rows in bf16, two lists in i32. Heads are padded, and split above 128.
     selected, padded = -(-indices.shape[2] // TILES) * TILES, -(-heads // 64) * 64
-    per_query = selected * (2 * 2 * padded + (2 * width + 8) * -(-heads // 128))
+    of_rows = (2 * width + 8) * -(-heads // 128) / (1 + _adds(kv))
+    per_query = int(selected * (2 * 2 * padded + of_rows))
     window = max(workspace_bytes, WORKSPACE_BYTES) // per_query
     dq, dkv = gradients(q, kv, indices, out, lse, dout, dlse, scale=scale, window=window)
     return dq, dkv.astype(dkv_dtype or kv.dtype)
@@ -67,13 +69,15 @@ def backward(
 
 def gradients(
     q, kv, indices, out, lse, dout, dlse, *,
-    scale, window, sms: int = 132, cuts: Any = None, interpret=None,
+    scale, window, sms: int = 132, cuts: Any = None, adds: bool | None = None, interpret=None,
 ):  # fmt: skip
     """The gradients of q, and of kv in f32, with at most so many queries in a window.
 
-    `cuts` are where the rows of a window are divided; by default so that it takes least time.
+    `cuts` are where the rows of a window that are stored are divided, `adds` whether every other
+    tile of rows is added as integers instead; by default so that it takes least time.
     """
     cuts = _cuts(kv.nbytes) if cuts is None else cuts
+    adds = _adds(kv) if adds is None else adds
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     finite = jnp.isfinite(lse)  # a query without keys gives no gradient, and takes none
@@ -96,9 +100,13 @@ def gradients(
         arrays=(*(by_query(x) for x in (q, dout, out, lse, dlse)), kv.reshape(-1, width), indices),
         # The kernels write these two: nothing has to be there before.
         dq=jax.new_ref(lax.empty((total, some, width), q.dtype)),
-        added=jax.new_ref(lax.empty((width // part, window * selected, part), q.dtype)),
+        added=jax.new_ref(
+            lax.empty((width // part, window * selected // (1 + adds), part), q.dtype)
+        ),
         sums=jax.new_ref(jnp.zeros((batch * rows, width), jnp.float32)),
         scale=scale,
+        adds=adds,
+        repeats=_repeats(indices, rows) if adds else jnp.array(False),
         cuts=cuts,
         options={"sms": sms, "interpret": interpret, "window": window},
         queries=queries * split,
@@ -138,6 +146,17 @@ def _cuts(key_bytes: int) -> tuple[float, float]:
     return (0.0, 0.65) if key_bytes <= L2_BYTES else (0.0, 1.0)
 
 
+def _adds(kv) -> bool:
+    """Whether every other tile of rows is added up as integers: while these stay in the L2."""
+    _, rows, width = kv.shape
+    return rows * width * 4 <= L2_BYTES
+
+
+def _repeats(indices, rows: int):
+    """Whether a selection, rising, has a key more than once."""
+    return jnp.any((indices[:, 1:] == indices[:, :-1]) & (indices[:, 1:] < rows))
+
+
 class _Lists(NamedTuple):
     """The rows of a window by key: what `hopper.add_rows` goes by."""
 
@@ -158,6 +177,8 @@ class _Call:
     added: Any  # a ref: rows of a window
     sums: Any  # a ref: dKV
     scale: float
+    adds: bool  # whether every other tile of rows is added up as integers
+    repeats: Any  # whether a query has a key more than once
     cuts: Any  # of the lists
     options: dict[str, Any]
     queries: int  # of a row of the batch
@@ -171,13 +192,20 @@ class _Call:
         """
         q, dout, out, lse, dlse, kv, indices = self.arrays
         start, places = first.reshape(1), {"queries": self.queries, "rows": self.rows}
-        weights, dscores = weights_and_sums_sm90.weights_and_sums(
+        weights, dscores, *sizes = weights_and_sums_sm90.weights_and_sums(
             start, q, dout, out, lse, dlse, kv, indices,
             self.added, before.pairs, before.keys, before.beside_weights, self.sums,
-            scale=self.scale, **places, **self.options,
+            scale=self.scale, sizes=self.adds, **places, **self.options,
         )  # fmt: skip
-        rows_sm90.rows_of_queries(start, q, dout, weights, dscores, self.added, **self.options)
-        lists = self._lists(first)
+        keys = self._keys(first)
+        operands = start, q, dout, weights, dscores, self.added
+        if self.adds:
+            # The rows of every other tile are stored, the others added up as integers.
+            keys, others = jnp.moveaxis(keys.reshape(len(keys), -1, 2, TILES // 2), 2, 0)
+            self._add_integers(operands, others, *sizes)
+        else:
+            rows_sm90.rows_of_queries(*operands, **self.options)
+        lists = self._lists(keys)
         self._sum(lists, lists.alone)
         dq_sm90.dq_of_queries(
             start, kv, indices, dscores,
@@ -199,16 +227,45 @@ class _Call:
         nothing = jnp.zeros(self.added.shape[1], jnp.int32)
         return _Lists(nothing, nothing, *(jnp.zeros(n + 1, jnp.int32) for n in self._ranges()))
 
-    def _lists(self, first) -> _Lists:
-        """Those of a window."""
+    def _keys(self, first):
+        """What the queries of a window select, in all rows of the batch; past them what is none."""
         *_, indices = self.arrays
-        batch_rows = self.sums.shape[0]
         number = first + jnp.arange(self.options["window"], dtype=jnp.int32)
         mine = jnp.take(indices, jnp.minimum(number, self.total - 1), axis=0)
-        key = mine + (number // self.queries * self.rows)[:, None]  # in all rows of the batch
         exists = (number < self.total)[:, None] & (mine < self.rows)
-        pairs, keys = pairs_by_key(jnp.where(exists, key, batch_rows), largest=batch_rows)
-        count = jnp.sum(exists, dtype=jnp.int32)
+        key = mine + (number // self.queries * self.rows)[:, None]
+        return jnp.where(exists, key, self.sums.shape[0])
+
+    def _add_integers(self, operands, keys, sizes) -> None:
+        """Rows of a window; those of the second, fourth, .. tile of 64 keys go to the sums."""
+        count, width = self.sums.shape
+        pairs = keys.shape[0], keys.shape[1] * keys.shape[2]
+        # What lies past the last query has no size.
+        sizes = sizes.astype(jnp.float32).sum(axis=(2, 3)).reshape(pairs)
+        keys = keys.reshape(pairs)
+        most = lax.cond(
+            self.repeats,
+            lambda keys: jnp.zeros(count, jnp.int32).at[keys.reshape(-1)].add(1, mode="drop"),
+            lambda _: jnp.full(count, pairs[0], jnp.int32),  # a query has a key once
+            keys,
+        )
+        scale, step = scales_of_keys(sizes, keys, rows=count, most=most)
+        twin = self.options["interpret"] is not None  # it stores rows, as it has no such addition
+        sums = jax.new_ref(jnp.zeros((keys.size if twin else count, width), jnp.int32))
+        scales = jnp.take(scale, keys, axis=0, mode="clip")
+        added = rows_sm90.Added(keys, scales, sums)
+        rows_sm90.rows_of_queries(*operands, added, **self.options)
+        integers = jax.freeze(sums)
+        if twin:
+            found = jnp.zeros((count, width), jnp.int32)
+            integers = found.at[keys.reshape(-1)].add(integers, mode="drop")
+        self.sums[...] = self.sums[...] + integers.astype(jnp.float32) * step[:, None]
+
+    def _lists(self, keys) -> _Lists:
+        """Those of a window, of rows of such keys."""
+        batch_rows = self.sums.shape[0]
+        pairs, keys = pairs_by_key(keys, largest=batch_rows)
+        count = jnp.sum(keys < batch_rows, dtype=jnp.int32)
         first_cut, second_cut = (
             (count.astype(jnp.float32) * part).astype(jnp.int32) for part in self.cuts
         )

@@ -3,7 +3,11 @@
 # pyright: reportPrivateImportUsage=false, reportReturnType=false
 """Part of sparse attention's backward on Hopper: what each query adds to dKV.
 
-    rows[k] = sum_n dS[n, k] q[n] + P[n, k] dO[n]       one row for each selected key, in bf16
+    rows[k] = sum_n dS[n, k] q[n] + P[n, k] dO[n]       one row for each selected key
+
+Rows are stored in bf16, to be added up by others; or those of every other tile are, and the rest
+are added here, scaled to integers, in the L2 (`hopper.add_integers`): the memory and the L2's
+atomic units then work at the same time.
 
 A CTA computes one share of the columns (192 of 576) for queries one after the other, with Q and dO
 of all heads in SMEM. The shares of a query are computed at about the same time by different CTAs,
@@ -16,20 +20,22 @@ P and dS are each replaced as soon as the product with it is done, P while the p
 runs; the rows leave from a place of their own while the next tile's products run.
 
 SMEM at 576 columns and 128 heads: 49,152 each of Q and dO, 2 x (16,384 P + 16,384 dS), 2 x 24,576
-of rows. Registers of a thread: EVEN and ODD 216 (96 of rows), LOADER 40.
+of rows, or 24,576 and 26,624 of integers. Registers of a thread: EVEN and ODD 216 (96 of rows),
+LOADER 40.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import add_integers
 from pallas_kernels.hopper.gather import warpgroup_barrier
 from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
@@ -51,6 +57,12 @@ class _Plan(SharePlan):
     """The static numbers of a call; an even number of tiles."""
 
     values: int  # C
+    adds: bool  # whether ODD adds its rows here
+
+    @property
+    def stored(self) -> int:
+        """Tiles of a query whose rows are stored."""
+        return self.tiles // 2 if self.adds else self.tiles
 
     def value_columns(self, share: int) -> int:
         return value_columns(share, self.part, self.values)
@@ -67,7 +79,7 @@ class _Shared:
     dout_tile: Any  # bf16 [N, part]
     p_tile: Any  # bf16 [SLOTS, N, 64]
     ds_tile: Any  # bf16 [SLOTS, N, 64]
-    out_tile: Any  # bf16 [SLOTS, 64, part]: rows on their way out
+    out_tiles: Any  # of each warpgroup, rows on their way out: bf16 [64, part], or integers
     query_full: Any
     query_read: Any  # EVEN and ODD need Q and dO no longer
     p_full: Any  # P of the slot is there
@@ -125,16 +137,43 @@ def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
             plgpu.barrier_wait(s.ds_freed.at[slot])
 
 
-def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
+def _multiply(plan: _Plan, role, share, first, targets, scales, rows, sums, s: _Shared):
     """EVEN and ODD."""
     values = plan.value_columns(share)
     shift = share * plan.part - plan.value_start(share) if values else 0
     # Apart where a share ends with columns that are no value.
     widths = [w for w in (values, plan.part - values) if w]
+    adds = plan.adds and role == ODD
+    out = s.out_tiles[role]
+
+    def of_tile(table, query, j):
+        some = table.at[query, pl.ds(j * KEYS, KEYS)]
+        return plgpu.load(some, layout=add_integers.OF_ROWS, optimized=False)
+
+    def store(found, query, j):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        warpgroup_barrier(plan.interpret)
+        for i, part in enumerate(found):
+            out.at[:, pl.ds(sum(widths[:i]), widths[i])][...] = part.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        tile = query * plan.stored + (j if plan.adds else 2 * j + role)
+        plgpu.copy_smem_to_gmem(out, rows.at[share, pl.ds(tile * KEYS, KEYS)])
+
+    def add(found, query, j, scaling):
+        add_integers.add_rows(
+            found,
+            *scaling,
+            out,
+            sums,
+            first_column=share * plan.part,
+            twin_row=(query * plan.tiles // 2 + j) * KEYS,
+            interpret=plan.interpret,
+        )
 
     def pair(query, j, _):
         slot = lax.rem(2 * j + role, jnp.int32(SLOTS))  # `role`, as a traced value
         p_tile, ds_tile = s.p_tile.at[slot], s.ds_tile.at[slot]
+        scaling = [of_tile(table, query, j) for table in (scales, targets)] if adds else []
         steps = []
         if values:
             plgpu.barrier_wait(s.p_full.at[slot])
@@ -153,16 +192,10 @@ def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
         found = multiply_add(zeros, steps, plan.interpret)
         plgpu.barrier_arrive(s.ds_freed.at[slot])
         plgpu.barrier_arrive(s.query_read, predicate=2 * j + 2 == plan.tiles)
-
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        warpgroup_barrier(plan.interpret)
-        for i, part in enumerate(found):
-            out = s.out_tile.at[slot, :, pl.ds(sum(widths[:i]), widths[i])]
-            out[...] = part.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        tile = query * plan.tiles + 2 * j + role
-        target = rows.at[share, pl.ds(tile * KEYS, KEYS)]
-        plgpu.copy_smem_to_gmem(s.out_tile.at[slot], target)
+        if adds:
+            add(found, query, j, scaling)
+        else:
+            store(found, query, j)
 
     def work_item(query, _):
         plgpu.barrier_wait(s.query_full)
@@ -172,10 +205,11 @@ def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(first, q, dout, weights, dscores, rows, *, plan: _Plan, **shared):
+def _kernel(first, q, dout, weights, dscores, *results, plan: _Plan, **shared):
     role = lax.axis_index("role")
     start = first[0]
     query_full = shared.pop("query_full")
+    shared["out_tiles"] = [shared.pop("even_out"), shared.pop("odd_out")]
 
     def run(number, share):
         # It counts the copies: one less where the share has no value columns.
@@ -183,7 +217,7 @@ def _kernel(first, q, dout, weights, dscores, rows, *, plan: _Plan, **shared):
         if number == LOADER:
             _load(plan, share, start, q, dout, weights, dscores, s)
         else:
-            _multiply(plan, number, share, start, rows, s)
+            _multiply(plan, number, share, start, *results, s)
 
     for number in (EVEN, ODD, LOADER):
 
@@ -198,8 +232,22 @@ def _kernel(first, q, dout, weights, dscores, rows, *, plan: _Plan, **shared):
                     run(number, share)
 
 
-def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, interpret=None):
-    """Writes what a window of queries adds to dKV.
+class Added(NamedTuple):
+    """Where rows of every other tile are added up as integers.
+
+    `targets` and `scales` are those of the second, fourth, .. 64 of the selected keys of a query.
+    """
+
+    targets: Any  # i32 [window, K / 2]: rows of `sums`; none where it is larger
+    scales: Any  # f32 [window, K / 2]: no scaled value is larger than add_integers.LARGEST
+    sums: Any  # a jax.Ref, i32 [keys, C + R]; in interpret mode [window x K / 2, C + R], the rows
+
+
+def rows_of_queries(
+    first, q, dout, weights, dscores, stored, added: Added | None = None, *,
+    window, sms, interpret=None,
+):  # fmt: skip
+    """Writes or adds up what a window of queries adds to dKV.
 
     Args:
         first: i32 `[1]`, the first query of the window.
@@ -207,8 +255,10 @@ def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, int
         dout: bf16 `[all queries, N, C]`.
         weights: P, bf16 `[window, K / 64, N, 64]`, K a multiple of 128.
         dscores: dS, as P.
-        added: a `jax.Ref`, bf16 `[shares, window x K, columns]`, shares of the C + R columns; what
-            lies past the last query stays.
+        stored: a `jax.Ref`, bf16 `[shares, rows, columns]`, shares of the C + R columns, for
+            window x K rows, or for those of the first, third, .. 64 selected keys where the others
+            are added; what lies past the last query stays.
+        added: None where no rows are added.
         window: queries of the window.
         sms: CTAs.
         interpret: parameters of interpret mode, or None.
@@ -222,6 +272,7 @@ def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, int
         window=window,
         total=total,
         lanes=max(1, min(sms // (width // part), window)),
+        adds=added is not None,
         interpret=interpret is not None,
     )
 
@@ -229,8 +280,12 @@ def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, int
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
     def sparse_attention_rows(*refs, **scratch):  # its name is the kernel's
+        if added is None:
+            *refs, stored = refs
+            refs = *refs, None, None, stored, None
         _kernel(*refs, plan=plan, **scratch)
 
+    results = (stored,) if added is None else (added.targets, added.scales, stored, added.sums)
     plgpu.kernel(
         sparse_attention_rows,
         scratch_types={
@@ -238,7 +293,8 @@ def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, int
             "dout_tile": tile(heads, part),
             "p_tile": tile(SLOTS, heads, KEYS),
             "ds_tile": tile(SLOTS, heads, KEYS),
-            "out_tile": tile(SLOTS, KEYS, part),
+            "even_out": tile(KEYS, part),
+            "odd_out": tile(KEYS, part) if added is None else add_integers.staging(part),
             "query_full": [plgpu.Barrier(num_arrivals=n) for n in (1, 2)],
             "query_read": plgpu.Barrier(num_arrivals=2),
             **{
@@ -255,4 +311,4 @@ def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, int
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         **({"interpret": interpret} if interpret is not None else {}),
-    )(first, q, dout, weights, dscores, added)
+    )(first, q, dout, weights, dscores, *results)

@@ -35,18 +35,19 @@ LARGEST = 2**22
 OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
 _MAGIC = 1.5 * 2**23
 _MAGIC_BITS = 0x4B400000
-_AT_ONCE = 96  # columns
+_AT_ONCE = 48  # columns at most
+_PLACES = 2  # one is filled while the engine reads another
 _PADDING = 8  # words a row, with which a warp's stores are free of bank conflicts
 
 
 def columns_at_once(columns: int) -> int:
     """How many columns are staged and sent off together."""
-    return columns // -(-columns // _AT_ONCE)
+    return max(n for n in range(16, _AT_ONCE + 1, 16) if columns % (n * _PLACES) == 0)
 
 
 def staging(columns: int) -> Any:
-    """The SMEM that `add_rows` needs for tiles of so many columns."""
-    return plgpu.SMEM((ROWS, columns_at_once(columns) + _PADDING), jnp.int32)
+    """The SMEM that `add_rows` needs for tiles of so many columns, a multiple of 64."""
+    return plgpu.SMEM((_PLACES, ROWS, columns_at_once(columns) + _PADDING), jnp.int32)
 
 
 def add_rows(
@@ -113,8 +114,10 @@ def add_rows(
         address = arith.addi(llvm.ptrtoint(i64, pointer), offset)
         source = llvm.ptrtoint(i32, utils.memref_ptr(staged))
         source = arith.addi(source, arith.muli(row, word(4 * (together + _PADDING))))
-        for first in range(0, starts[-1], together):
-            nvvm.cp_async_bulk_wait_group(0, read=True)
+        place_words = ROWS * (together + _PADDING)
+        for number, first in enumerate(range(0, starts[-1], together)):
+            place = number % _PLACES
+            nvvm.cp_async_bulk_wait_group(_PLACES - 1, read=True)
             utils.warpgroup_barrier()
             for part, start, end in zip(parts, starts, starts[1:], strict=False):
                 low, high = max(first, start), min(first + together, end)
@@ -122,16 +125,16 @@ def add_rows(
                     piece = part[:, low - start : high - start]
                     scale = scales.broadcast_in_dim((ROWS, high - low), (0,), piece.layout)
                     bits = (piece * scale + _MAGIC).bitcast(i32, output_is_signed=True)
-                    place = utils.memref_slice(
-                        staged, (slice(None), slice(low - first, high - first))
+                    columns = slice(low - first, high - first)
+                    (bits - _MAGIC_BITS).store_untiled(
+                        utils.memref_slice(staged, (place, slice(None), columns)), optimized=False
                     )
-                    (bits - _MAGIC_BITS).store_untiled(place, optimized=False)
             utils.commit_shared()
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
                 [
                     arith.addi(address, arith.constant(i64, 4 * (first_column + first))),
-                    source,
+                    arith.addi(source, word(4 * place * place_words)),
                     exists,
                 ],
                 "@$2 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 "

@@ -82,9 +82,7 @@ def store_column_sums(
         lane = arith.remui(utils.thread_idx(), word(32))
         for distance in (16, 8, 4):
             half = len(sums) // 2
-            upper = arith.cmpi(
-                arith.CmpIPredicate.ne, arith.andi(lane, word(distance)), word(0)
-            )
+            upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, word(distance)), word(0))
             kept = []
             for low, high in zip(sums[:half], sums[half:], strict=True):
                 given = utils.shfl_bfly(arith.select(upper, low, high), distance)

@@ -36,7 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import add_integers
-from pallas_kernels.hopper.gather import warpgroup_barrier
+from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import (
@@ -49,7 +49,7 @@ from pallas_kernels.sparse_attention.backward_shares import (
 KEYS = 64  # of a tile
 SLOTS = 2  # one for EVEN, one for ODD
 EVEN, ODD, LOADER = range(3)
-_REGISTERS = {EVEN: 216, ODD: 216, LOADER: 40}
+_REGISTERS = {EVEN: 216, ODD: 216, LOADER: 72}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +57,18 @@ class _Plan(SharePlan):
     """The static numbers of a call; an even number of tiles."""
 
     values: int  # C
-    adds: bool  # whether ODD adds its rows here
+    heads: int  # 64 or 128
+    added: int  # of every two tiles, whose rows are added here: ODD's, or both
 
-    @property
-    def stored(self) -> int:
-        """Tiles of a query whose rows are stored."""
-        return self.tiles // 2 if self.adds else self.tiles
+    def place(self, query, j, role):
+        """The number of a tile among those that are stored, or among those that are added."""
+        of_two = self.added if self.adds(role) else 2 - self.added
+        tiles = query * (self.tiles // 2 * of_two)
+        return tiles + (j if of_two == 1 else 2 * j + role)
+
+    def adds(self, role) -> bool:
+        """Whether a warpgroup adds its rows."""
+        return self.added > 1 - role
 
     def value_columns(self, share: int) -> int:
         return value_columns(share, self.part, self.values)
@@ -82,10 +88,10 @@ class _Shared:
     out_tiles: Any  # of each warpgroup, rows on their way out: bf16 [64, part], or integers
     query_full: Any
     query_read: Any  # EVEN and ODD need Q and dO no longer
-    p_full: Any  # P of the slot is there
-    p_freed: Any  # and no longer needed
-    ds_full: Any  # the same of dS
-    ds_freed: Any
+    p_freed: Any  # P of the slot is no longer needed
+    ds_freed: Any  # nor dS
+    started: Any
+    landing: Landing  # of P of each slot, then of dS
 
 
 def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
@@ -105,16 +111,27 @@ def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
     def tile(query, j, filled):
         slot = lax.rem(j, jnp.int32(SLOTS))
 
-        def load(source, target, full, freed):
+        def load(source, target, freed, landing_slot):
             @pl.when(filled >= SLOTS)
             def _():
                 plgpu.barrier_wait(freed.at[slot])
 
-            plgpu.copy_gmem_to_smem(source.at[query, j], target.at[slot], full.at[slot])
+            gather_rows(
+                source,
+                None,
+                target.at[slot],
+                s.landing,
+                landing_slot,
+                first_row=(query * plan.tiles + j) * plan.heads,
+                rows=plan.heads,
+                first_column=0,
+                columns=(0, KEYS),
+                arrive=True,
+            )
 
         if plan.value_columns(share):
-            load(weights, s.p_tile, s.p_full, s.p_freed)
-        load(dscores, s.ds_tile, s.ds_full, s.ds_freed)
+            load(weights, s.p_tile, s.p_freed, slot)
+        load(dscores, s.ds_tile, s.ds_freed, SLOTS + slot)
 
         # The first tile finds its slot free while the last of the query before is in use.
         @pl.when(j == 0)
@@ -126,6 +143,7 @@ def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
     def work_item(query, filled):
         return lax.fori_loop(0, plan.tiles, functools.partial(tile, query), filled)
 
+    plgpu.barrier_wait(s.started)
     filled = plan.for_each_query(first, work_item, jnp.int32(0))
 
     @pl.when(filled > 0)
@@ -143,11 +161,11 @@ def _multiply(plan: _Plan, role, share, first, targets, scales, rows, sums, s: _
     shift = share * plan.part - plan.value_start(share) if values else 0
     # Apart where a share ends with columns that are no value.
     widths = [w for w in (values, plan.part - values) if w]
-    adds = plan.adds and role == ODD
+    adds = plan.adds(role)
     out = s.out_tiles[role]
 
     def of_tile(table, query, j):
-        some = table.at[query, pl.ds(j * KEYS, KEYS)]
+        some = table.at[pl.ds(plan.place(query, j, role) * KEYS, KEYS)]
         return plgpu.load(some, layout=add_integers.OF_ROWS, optimized=False)
 
     def store(found, query, j):
@@ -156,8 +174,8 @@ def _multiply(plan: _Plan, role, share, first, targets, scales, rows, sums, s: _
         for i, part in enumerate(found):
             out.at[:, pl.ds(sum(widths[:i]), widths[i])][...] = part.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        tile = query * plan.stored + (j if plan.adds else 2 * j + role)
-        plgpu.copy_smem_to_gmem(out, rows.at[share, pl.ds(tile * KEYS, KEYS)])
+        place = plan.place(query, j, role)
+        plgpu.copy_smem_to_gmem(out, rows.at[share, pl.ds(place * KEYS, KEYS)])
 
     def add(found, query, j, scaling):
         add_integers.add_rows(
@@ -166,19 +184,19 @@ def _multiply(plan: _Plan, role, share, first, targets, scales, rows, sums, s: _
             out,
             sums,
             first_column=share * plan.part,
-            twin_row=(query * plan.tiles // 2 + j) * KEYS,
+            twin_row=plan.place(query, j, role) * KEYS,
             interpret=plan.interpret,
         )
 
-    def pair(query, j, _):
+    def pair(query, j, phases):
         slot = lax.rem(2 * j + role, jnp.int32(SLOTS))  # `role`, as a traced value
         p_tile, ds_tile = s.p_tile.at[slot], s.ds_tile.at[slot]
         scaling = [of_tile(table, query, j) for table in (scales, targets)] if adds else []
         steps = []
         if values:
-            plgpu.barrier_wait(s.p_full.at[slot])
+            s.landing.wait(slot, phases)
             steps.append(Product(0, p_tile.T, s.dout_tile.at[:, pl.ds(shift, values)]))
-        steps.append(lambda: plgpu.barrier_wait(s.ds_full.at[slot]))
+        steps.append(lambda: s.landing.wait(SLOTS + slot, phases))
         for i, width in enumerate(widths):
             right = s.query.at[:, pl.ds(sum(widths[:i]), width)]
             steps.append(Product(i, ds_tile.T, right))
@@ -196,12 +214,17 @@ def _multiply(plan: _Plan, role, share, first, targets, scales, rows, sums, s: _
             add(found, query, j, scaling)
         else:
             store(found, query, j)
+        return lax.bitwise_not(phases)
 
-    def work_item(query, _):
+    def work_item(query, phases):
         plgpu.barrier_wait(s.query_full)
-        lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), None)
+        return lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), phases)
 
-    plan.for_each_query(first, work_item, None)
+    if role == EVEN:
+        s.landing.initialize()
+        plgpu.barrier_arrive(s.started)
+    plgpu.barrier_wait(s.started)
+    plan.for_each_query(first, work_item, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -209,6 +232,9 @@ def _kernel(first, q, dout, weights, dscores, *results, plan: _Plan, **shared):
     role = lax.axis_index("role")
     start = first[0]
     query_full = shared.pop("query_full")
+    words = shared.pop("landed", shared["words"])
+    del shared["words"]
+    shared["landing"] = Landing(words, 0, 2 * SLOTS, plan.interpret)
     shared["out_tiles"] = [shared.pop("even_out"), shared.pop("odd_out")]
 
     def run(number, share):
@@ -233,14 +259,12 @@ def _kernel(first, q, dout, weights, dscores, *results, plan: _Plan, **shared):
 
 
 class Added(NamedTuple):
-    """Where rows of every other tile are added up as integers.
+    """Where rows are added up as integers: those of every second tile, or of all."""
 
-    `targets` and `scales` are those of the second, fourth, .. 64 of the selected keys of a query.
-    """
-
-    targets: Any  # i32 [window, K / 2]: rows of `sums`; none where it is larger
-    scales: Any  # f32 [window, K / 2]: no scaled value is larger than add_integers.LARGEST
-    sums: Any  # a jax.Ref, i32 [keys, C + R]; in interpret mode [window x K / 2, C + R], the rows
+    of_two: int  # tiles: 1 or 2
+    targets: Any  # i32 [pairs]: rows of `sums`; none where it is larger
+    scales: Any  # f32 [pairs]: no scaled value is larger than add_integers.LARGEST
+    sums: Any  # a jax.Ref, i32 [keys, C + R]; in interpret mode [pairs, C + R], the rows
 
 
 def rows_of_queries(
@@ -268,11 +292,12 @@ def rows_of_queries(
     plan = _Plan(
         width=width,
         values=dout.shape[-1],
+        heads=heads,
         tiles=tiles,
         window=window,
         total=total,
         lanes=max(1, min(sms // (width // part), window)),
-        adds=added is not None,
+        added=0 if added is None else added.of_two,
         interpret=interpret is not None,
     )
 
@@ -293,15 +318,17 @@ def rows_of_queries(
             "dout_tile": tile(heads, part),
             "p_tile": tile(SLOTS, heads, KEYS),
             "ds_tile": tile(SLOTS, heads, KEYS),
-            "even_out": tile(KEYS, part),
-            "odd_out": tile(KEYS, part) if added is None else add_integers.staging(part),
+            **{
+                name: add_integers.staging(part) if plan.adds(role) else tile(KEYS, part)
+                for role, name in ((EVEN, "even_out"), (ODD, "odd_out"))
+            },
             "query_full": [plgpu.Barrier(num_arrivals=n) for n in (1, 2)],
             "query_read": plgpu.Barrier(num_arrivals=2),
-            **{
-                f"{name}_{state}": plgpu.Barrier(num_barriers=SLOTS)
-                for name in ("p", "ds")
-                for state in ("full", "freed")
-            },
+            "p_freed": plgpu.Barrier(num_barriers=SLOTS),
+            "ds_freed": plgpu.Barrier(num_barriers=SLOTS),
+            "started": plgpu.Barrier(),
+            "words": plgpu.SMEM((4 * SLOTS,), jnp.int32),  # for the landing
+            **({} if interpret is None else {"landed": plgpu.Barrier(num_barriers=2 * SLOTS)}),
         },
         grid=(plan.shares, plan.lanes),
         grid_names=("share", "lane"),
@@ -311,4 +338,4 @@ def rows_of_queries(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         **({"interpret": interpret} if interpret is not None else {}),
-    )(first, q, dout, weights, dscores, *results)
+    )(first, q, dout, *(x.reshape(-1, KEYS) for x in (weights, dscores)), *results)

@@ -81,9 +81,7 @@ def _cluster(heads: int) -> int:
     return 2 if heads // HEADS % 2 == 0 else 1
 
 
-def adder_of(
-    rows: int, width: int, heads: int, sms: int, interpret=None, sizes: bool = False
-) -> Adder:
+def adder_of(rows: int, width: int, heads: int, sms: int, interpret=None, sizes: int = 0) -> Adder:
     """What adds so many rows up beside P and dS, for so many heads, padded."""
     cluster = _cluster(heads)
     return Adder(
@@ -102,7 +100,7 @@ def _clusters(heads: int, sms: int) -> int:
 
 def weights_and_sums(
     first, q, dout, out, lse, dlse, kv, indices, added, pairs, keys, bounds, sums, *,
-    window, queries, rows, scale, sms, sizes=False, interpret=None,
+    window, queries, rows, scale, sms, sizes: int = 0, interpret=None,
 ):  # fmt: skip
     """P and dS of a window, bf16 `[window, K / 64, N, 64]`; and sums of rows.
 
@@ -131,7 +129,7 @@ def weights_and_sums(
         rows: S of a batch row.
         scale: of the scores.
         sms: CTAs.
-        sizes: whether they are wanted.
+        sizes: of every two tiles, for how many they are wanted: 0, the second or both.
         interpret: parameters of interpret mode, or None.
     """
     total, heads, width = q.shape
@@ -164,7 +162,7 @@ def weights_and_sums(
         return plgpu.Barrier(num_barriers=count, **options)
 
     result = jax.ShapeDtypeStruct((window, tiles, heads, KEYS), jnp.bfloat16)
-    of_keys = jax.ShapeDtypeStruct((window, tiles // 2, groups, WARPS, KEYS), jnp.bfloat16)
+    of_keys = jax.ShapeDtypeStruct((window, tiles // 2 * sizes, groups, WARPS, KEYS), jnp.bfloat16)
     return plgpu.kernel(
         sparse_attention_weights_and_sums,
         out_type=[result, result, *([of_keys] if sizes else [])],

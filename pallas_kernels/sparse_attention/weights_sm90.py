@@ -69,7 +69,7 @@ class Plan:
     window: int  # queries of a call, at most
     total: int  # queries of all calls
     clusters: int
-    sizes: bool  # whether to compute how large what a query adds to its keys can be
+    sizes: int  # of every two tiles, for whose keys to compute how large what is added can be
     interpret: bool
 
     @property
@@ -385,10 +385,10 @@ def values(plan: Plan, first, dlse, dscores, sizes, s: Shared):
         plgpu.copy_smem_to_gmem(s.ds_tile.at[buffer], target)
         if plan.sizes:
 
-            @pl.when(lax.rem(at, jnp.int32(2)) == 1)
+            @pl.when(lax.rem(at, jnp.int32(2)) >= 2 - plan.sizes)
             def _():
-                half = lax.div(at, jnp.int32(2))
-                size = sizes.at[plan.query(work), half, plan.group(work)]
+                place = at if plan.sizes == 2 else lax.div(at, jnp.int32(2))
+                size = sizes.at[plan.query(work), place, plan.group(work)]
                 terms = zip((found, weights), largest, strict=True)
                 store_column_sums(list(terms), size, plan.interpret)
 

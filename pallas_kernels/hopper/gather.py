@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -124,7 +123,7 @@ def gather_rows(
 
     Args:
         table: GMEM `[.., D]`, bf16, rows contiguous.
-        indices: SMEM i32 `[r]`, r a multiple of 16; or None for rows one after the other.
+        indices: SMEM i32 `[r]`, r a multiple of 16.
         tile: SMEM bf16 `[r, C]`, laid out as `tiles.SWIZZLED`.
         landing: where the copies arrive.
         slot: which barrier of it.
@@ -148,14 +147,14 @@ def gather_rows(
     @plgpu.inline_mgpu(
         arg_types=(
             plgpu.RefType(),
+            plgpu.RefType(),
             plgpu.RefType(SWIZZLED),
             plgpu.RefType(),
             plgpu.Layout.WG_SPLAT,
             plgpu.Layout.WG_SPLAT,
-            *([] if indices is None else [plgpu.RefType()]),
         )
     )
-    def emit(_, table, tile, words, slot, first_row, *indices):
+    def emit(_, table, indices, tile, words, slot, first_row):
         i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
 
         def word(value):
@@ -178,9 +177,7 @@ def gather_rows(
         wanted = []
         for step in range(count // 16):
             at = arith.addi(row, word(16 * step))
-            if indices:
-                at = memref.load(indices[0], [arith.index_cast(ir.IndexType.get(), at)])
-            wanted.append(at)
+            wanted.append(memref.load(indices, [arith.index_cast(ir.IndexType.get(), at)]))
         for step, index in enumerate(wanted):
             if shift:
                 index = arith.shrsi(index, word(shift))
@@ -207,15 +204,11 @@ def gather_rows(
                 has_side_effects=True,
             )
 
-    emit(table, tile, landing.ref, slot, first_row, *([] if indices is None else [indices]))
+    emit(table, indices, tile, landing.ref, slot, first_row)
 
 
 def _gather_rows_twin(table, indices, tile, first_row, rows, first_column, columns, shift) -> None:
     start, stop = columns
-    if indices is None:
-        some = pl.ds(first_row, tile.shape[0])
-        tile[:, start:stop] = table[some, first_column + start : first_column + stop]
-        return
 
     def copy(r, _):
         index = lax.shift_right_arithmetic(indices[r], jnp.int32(shift))

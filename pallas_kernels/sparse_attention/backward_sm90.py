@@ -37,7 +37,6 @@ from pallas_kernels.sparse_attention import (
     weights_and_sums_sm90,
 )
 from pallas_kernels.sparse_attention.backward_lists import ascending, pairs_by_key
-from pallas_kernels.sparse_attention.backward_scales import scales_of_keys
 from pallas_kernels.sparse_attention.backward_shares import share_columns
 from pallas_kernels.tiling import vary_like
 
@@ -52,39 +51,29 @@ def unsupported(q, kv, *, value_width: int) -> str | None:
     return forward_sm90.unsupported(q, kv, value_width=value_width)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "dkv_dtype", "added"))
+@functools.partial(jax.jit, static_argnames=("scale", "workspace_bytes", "dkv_dtype"))
 def backward(
-    q, kv, indices, out, lse, dout, dlse, *,
-    scale: float, workspace_bytes: int = 0, dkv_dtype=None, added: int | None = None,
-):  # fmt: skip
-    """Gradients of q and kv, in their dtypes or that of kv in another; it is added up in fp32.
-
-    `added` is as of `gradients`.
-    """
-    added = _added(kv) if added is None else added
+    q, kv, indices, out, lse, dout, dlse, *, scale: float, workspace_bytes: int = 0, dkv_dtype=None
+):
+    """Gradients of q and kv, in their dtypes or that of kv in another; it is added up in fp32."""
     _, _, heads, width = q.shape
     # P, dS and the rows in bf16, two lists in i32. Heads are padded, and split above 128.
     selected, padded = -(-indices.shape[2] // TILES) * TILES, -(-heads // 64) * 64
-    of_rows = (2 * width + 8) * -(-heads // 128) / 2 * (2 - added)
-    per_query = int(selected * (2 * 2 * padded + of_rows))
+    per_query = selected * (2 * 2 * padded + (2 * width + 8) * -(-heads // 128))
     window = max(workspace_bytes, WORKSPACE_BYTES) // per_query
-    dq, dkv = gradients(
-        q, kv, indices, out, lse, dout, dlse, scale=scale, window=window, added=added
-    )
+    dq, dkv = gradients(q, kv, indices, out, lse, dout, dlse, scale=scale, window=window)
     return dq, dkv.astype(dkv_dtype or kv.dtype)
 
 
 def gradients(
     q, kv, indices, out, lse, dout, dlse, *,
-    scale, window, sms: int = 132, cuts: Any = None, added: int | None = None, interpret=None,
+    scale, window, sms: int = 132, cuts: Any = None, interpret=None,
 ):  # fmt: skip
     """The gradients of q, and of kv in f32, with at most so many queries in a window.
 
-    `cuts` are where the rows of a window that are stored are divided, `added` of how many of two
-    tiles rows are added as integers instead; by default so that it takes least time.
+    `cuts` are where the rows of a window are divided; by default so that it takes least time.
     """
-    added = _added(kv) if added is None else added
-    cuts = _cuts(kv.nbytes, added) if cuts is None else cuts
+    cuts = _cuts(kv.nbytes) if cuts is None else cuts
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     finite = jnp.isfinite(lse)  # a query without keys gives no gradient, and takes none
@@ -107,13 +96,9 @@ def gradients(
         arrays=(*(by_query(x) for x in (q, dout, out, lse, dlse)), kv.reshape(-1, width), indices),
         # The kernels write these two: nothing has to be there before.
         dq=jax.new_ref(lax.empty((total, some, width), q.dtype)),
-        added=jax.new_ref(
-            lax.empty((width // part, max(window * selected // 2 * (2 - added), 64), part), q.dtype)
-        ),
+        added=jax.new_ref(lax.empty((width // part, window * selected, part), q.dtype)),
         sums=jax.new_ref(jnp.zeros((batch * rows, width), jnp.float32)),
         scale=scale,
-        of_two=added,
-        repeats=_repeats(indices, rows) if added else jnp.array(False),
         cuts=cuts,
         options={"sms": sms, "interpret": interpret, "window": window},
         queries=queries * split,
@@ -121,20 +106,15 @@ def gradients(
         total=total,
     )
     firsts = window * jnp.arange(-(-total // window), dtype=jnp.int32)
-    integers = jnp.zeros((batch * rows, width), jnp.float32) if added else None
-    carry = vary_like((call.no_lists(), integers), (q, kv, indices, dout))
+    lists = vary_like(call.no_lists(), (q, kv, indices))
     if interpret is None:
-        carry, _ = lax.scan(lambda carry, first: (call.step(first, *carry), None), carry, firsts)
+        lists, _ = lax.scan(lambda lists, first: (call.step(first, lists), None), lists, firsts)
     else:  # two interpreted kernels in one program wait for each other
         for first in firsts:
-            carry = call.step(first, *carry)
-    lists, integers = carry
-    if added < 2:
-        call.finish(lists)
+            lists = call.step(first, lists)
+    call.finish(lists)
     # The kernels do not tell over which mesh axes their results vary.
     dq, dkv = vary_like((jax.freeze(call.dq), jax.freeze(call.sums)), (q, kv))
-    if added:
-        dkv += integers
     dq = dq.reshape(batch, queries, -1, width)[:, :, :heads]
     return dq, dkv.reshape(batch, rows, width)
 
@@ -146,7 +126,7 @@ def _even(total: int, limit: int, sms: int) -> int:
     return filling if filling <= min(limit, total) else window
 
 
-def _cuts(key_bytes: int, added: int) -> tuple[float, float]:
+def _cuts(key_bytes: int) -> tuple[float, float]:
     """Up to where rows are added up beside dQ, and from where on beside P and dS; else alone.
 
     Rows that pass through the L2 drive keys out of it, above all those of dQ, whose shares of
@@ -154,19 +134,8 @@ def _cuts(key_bytes: int, added: int) -> tuple[float, float]:
     there are few. So this is measured.
     """
     if key_bytes <= L2_BYTES // 2:
-        return (0.4, 0.8) if added else (0.2, 0.6)
+        return 0.2, 0.6
     return (0.0, 0.65) if key_bytes <= L2_BYTES else (0.0, 1.0)
-
-
-def _added(kv) -> int:
-    """Of how many of two tiles rows are added up as integers: while these stay in the L2."""
-    _, rows, width = kv.shape
-    return 1 if rows * width * 4 <= L2_BYTES else 0
-
-
-def _repeats(indices, rows: int):
-    """Whether a selection, rising, has a key more than once."""
-    return jnp.any((indices[:, 1:] == indices[:, :-1]) & (indices[:, 1:] < rows))
 
 
 class _Lists(NamedTuple):
@@ -189,42 +158,33 @@ class _Call:
     added: Any  # a ref: rows of a window
     sums: Any  # a ref: dKV
     scale: float
-    of_two: int  # tiles, whose rows are added up as integers
-    repeats: Any  # whether a query has a key more than once
     cuts: Any  # of the lists
     options: dict[str, Any]
     queries: int  # of a row of the batch
     rows: int  # keys of a row of the batch
     total: int  # queries
 
-    def step(self, first, before: _Lists, integers) -> tuple[_Lists, Any]:
+    def step(self, first, before: _Lists) -> _Lists:
         """The kernels of a window, and what is left to add up of the one before.
 
-        Returns what is left to add up of this one, and the sums of what was added as integers.
+        Returns what is left to add up of this one.
         """
         q, dout, out, lse, dlse, kv, indices = self.arrays
         start, places = first.reshape(1), {"queries": self.queries, "rows": self.rows}
-        weights, dscores, *sizes = weights_and_sums_sm90.weights_and_sums(
+        weights, dscores = weights_and_sums_sm90.weights_and_sums(
             start, q, dout, out, lse, dlse, kv, indices,
             self.added, before.pairs, before.keys, before.beside_weights, self.sums,
-            scale=self.scale, sizes=self.of_two, **places, **self.options,
+            scale=self.scale, **places, **self.options,
         )  # fmt: skip
-        keys = self._keys(first)
-        operands = start, q, dout, weights, dscores, self.added
-        if self.of_two:
-            keys = keys.reshape(len(keys), -1, 2, TILES // 2)
-            integers += self._add_integers(operands, keys[:, :, 2 - self.of_two :], *sizes)
-            keys = keys[:, :, : 2 - self.of_two]
-        else:
-            rows_sm90.rows_of_queries(*operands, **self.options)
-        lists = before if self.of_two == 2 else self._lists(keys)
+        rows_sm90.rows_of_queries(start, q, dout, weights, dscores, self.added, **self.options)
+        lists = self._lists(first)
         self._sum(lists, lists.alone)
         dq_sm90.dq_of_queries(
             start, kv, indices, dscores,
             self.added, lists.pairs, lists.keys, lists.beside_dq, self.sums, self.dq,
             **places, **self.options,
         )  # fmt: skip
-        return lists, integers
+        return lists
 
     def finish(self, lists: _Lists) -> None:
         """What is left to add up of the last window."""
@@ -239,45 +199,16 @@ class _Call:
         nothing = jnp.zeros(self.added.shape[1], jnp.int32)
         return _Lists(nothing, nothing, *(jnp.zeros(n + 1, jnp.int32) for n in self._ranges()))
 
-    def _keys(self, first):
-        """What the queries of a window select, in all rows of the batch; past them what is none."""
+    def _lists(self, first) -> _Lists:
+        """Those of a window."""
         *_, indices = self.arrays
+        batch_rows = self.sums.shape[0]
         number = first + jnp.arange(self.options["window"], dtype=jnp.int32)
         mine = jnp.take(indices, jnp.minimum(number, self.total - 1), axis=0)
+        key = mine + (number // self.queries * self.rows)[:, None]  # in all rows of the batch
         exists = (number < self.total)[:, None] & (mine < self.rows)
-        key = mine + (number // self.queries * self.rows)[:, None]
-        return jnp.where(exists, key, self.sums.shape[0])
-
-    def _add_integers(self, operands, keys, sizes):
-        """Stores or adds up rows of a window; returns the sums of those that are added."""
-        count, width = self.sums.shape
-        window, keys = len(keys), keys.reshape(-1)
-        # What lies past the last query has no size.
-        sizes = sizes.astype(jnp.float32).sum(axis=(2, 3)).reshape(-1)
-        most = lax.cond(
-            self.repeats,
-            lambda keys: jnp.zeros(count, jnp.int32).at[keys].add(1, mode="drop"),
-            # Else a query has a key once.
-            lambda keys: vary_like(jnp.full(count, window, jnp.int32), keys),
-            keys,
-        )
-        scale, step = scales_of_keys(sizes, keys, rows=count, most=most)
-        twin = self.options["interpret"] is not None  # it stores rows, as it has no such addition
-        sums = jax.new_ref(jnp.zeros((keys.size if twin else count, width), jnp.int32))
-        scales = jnp.take(scale, keys, axis=0, mode="clip")
-        added = rows_sm90.Added(self.of_two, keys, scales, sums)
-        rows_sm90.rows_of_queries(*operands, added, **self.options)
-        integers = jax.freeze(sums)
-        if twin:
-            found = jnp.zeros((count, width), jnp.int32)
-            integers = found.at[keys].add(integers, mode="drop")
-        return integers.astype(jnp.float32) * step[:, None]
-
-    def _lists(self, keys) -> _Lists:
-        """Those of a window, of rows of such keys."""
-        batch_rows = self.sums.shape[0]
-        pairs, keys = pairs_by_key(keys, largest=batch_rows)
-        count = jnp.sum(keys < batch_rows, dtype=jnp.int32)
+        pairs, keys = pairs_by_key(jnp.where(exists, key, batch_rows), largest=batch_rows)
+        count = jnp.sum(exists, dtype=jnp.int32)
         first_cut, second_cut = (
             (count.astype(jnp.float32) * part).astype(jnp.int32) for part in self.cuts
         )

@@ -3,11 +3,7 @@
 # pyright: reportPrivateImportUsage=false, reportReturnType=false
 """Part of sparse attention's backward on Hopper: what each query adds to dKV.
 
-    rows[k] = sum_n dS[n, k] q[n] + P[n, k] dO[n]       one row for each selected key
-
-Rows are stored in bf16, to be added up by others; or those of every other tile are, and the rest
-are added here, scaled to integers, in the L2 (`hopper.add_integers`): the memory and the L2's
-atomic units then work at the same time.
+    rows[k] = sum_n dS[n, k] q[n] + P[n, k] dO[n]       one row for each selected key, in bf16
 
 A CTA computes one share of the columns (192 of 576) for queries one after the other, with Q and dO
 of all heads in SMEM. The shares of a query are computed at about the same time by different CTAs,
@@ -20,23 +16,21 @@ P and dS are each replaced as soon as the product with it is done, P while the p
 runs; the rows leave from a place of their own while the next tile's products run.
 
 SMEM at 576 columns and 128 heads: 49,152 each of Q and dO, 2 x (16,384 P + 16,384 dS), 2 x 24,576
-of rows, or 24,576 and 26,624 of integers. Registers of a thread: EVEN and ODD 216 (96 of rows),
-LOADER 40.
+of rows. Registers of a thread: EVEN and ODD 216 (96 of rows), LOADER 40.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import add_integers
-from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper.gather import warpgroup_barrier
 from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import (
@@ -49,7 +43,7 @@ from pallas_kernels.sparse_attention.backward_shares import (
 KEYS = 64  # of a tile
 SLOTS = 2  # one for EVEN, one for ODD
 EVEN, ODD, LOADER = range(3)
-_REGISTERS = {EVEN: 216, ODD: 216, LOADER: 72}
+_REGISTERS = {EVEN: 216, ODD: 216, LOADER: 40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +51,6 @@ class _Plan(SharePlan):
     """The static numbers of a call; an even number of tiles."""
 
     values: int  # C
-    heads: int  # 64 or 128
-    added: int  # of every two tiles, whose rows are added here: ODD's, or both
-
-    def place(self, query, j, role):
-        """The number of a tile among those that are stored, or among those that are added."""
-        of_two = self.added if self.adds(role) else 2 - self.added
-        tiles = query * (self.tiles // 2 * of_two)
-        return tiles + (j if of_two == 1 else 2 * j + role)
-
-    def adds(self, role) -> bool:
-        """Whether a warpgroup adds its rows."""
-        return self.added > 1 - role
 
     def value_columns(self, share: int) -> int:
         return value_columns(share, self.part, self.values)
@@ -85,13 +67,13 @@ class _Shared:
     dout_tile: Any  # bf16 [N, part]
     p_tile: Any  # bf16 [SLOTS, N, 64]
     ds_tile: Any  # bf16 [SLOTS, N, 64]
-    out_tiles: Any  # of each warpgroup, rows on their way out: bf16 [64, part], or integers
+    out_tile: Any  # bf16 [SLOTS, 64, part]: rows on their way out
     query_full: Any
     query_read: Any  # EVEN and ODD need Q and dO no longer
-    p_freed: Any  # P of the slot is no longer needed
-    ds_freed: Any  # nor dS
-    started: Any
-    landing: Landing  # of P of each slot, then of dS
+    p_full: Any  # P of the slot is there
+    p_freed: Any  # and no longer needed
+    ds_full: Any  # the same of dS
+    ds_freed: Any
 
 
 def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
@@ -111,27 +93,16 @@ def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
     def tile(query, j, filled):
         slot = lax.rem(j, jnp.int32(SLOTS))
 
-        def load(source, target, freed, landing_slot):
+        def load(source, target, full, freed):
             @pl.when(filled >= SLOTS)
             def _():
                 plgpu.barrier_wait(freed.at[slot])
 
-            gather_rows(
-                source,
-                None,
-                target.at[slot],
-                s.landing,
-                landing_slot,
-                first_row=(query * plan.tiles + j) * plan.heads,
-                rows=plan.heads,
-                first_column=0,
-                columns=(0, KEYS),
-                arrive=True,
-            )
+            plgpu.copy_gmem_to_smem(source.at[query, j], target.at[slot], full.at[slot])
 
         if plan.value_columns(share):
-            load(weights, s.p_tile, s.p_freed, slot)
-        load(dscores, s.ds_tile, s.ds_freed, SLOTS + slot)
+            load(weights, s.p_tile, s.p_full, s.p_freed)
+        load(dscores, s.ds_tile, s.ds_full, s.ds_freed)
 
         # The first tile finds its slot free while the last of the query before is in use.
         @pl.when(j == 0)
@@ -143,7 +114,6 @@ def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
     def work_item(query, filled):
         return lax.fori_loop(0, plan.tiles, functools.partial(tile, query), filled)
 
-    plgpu.barrier_wait(s.started)
     filled = plan.for_each_query(first, work_item, jnp.int32(0))
 
     @pl.when(filled > 0)
@@ -155,48 +125,21 @@ def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
             plgpu.barrier_wait(s.ds_freed.at[slot])
 
 
-def _multiply(plan: _Plan, role, share, first, targets, scales, rows, sums, s: _Shared):
+def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
     """EVEN and ODD."""
     values = plan.value_columns(share)
     shift = share * plan.part - plan.value_start(share) if values else 0
     # Apart where a share ends with columns that are no value.
     widths = [w for w in (values, plan.part - values) if w]
-    adds = plan.adds(role)
-    out = s.out_tiles[role]
 
-    def of_tile(table, query, j):
-        some = table.at[pl.ds(plan.place(query, j, role) * KEYS, KEYS)]
-        return plgpu.load(some, layout=add_integers.OF_ROWS, optimized=False)
-
-    def store(found, query, j):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        warpgroup_barrier(plan.interpret)
-        for i, part in enumerate(found):
-            out.at[:, pl.ds(sum(widths[:i]), widths[i])][...] = part.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        place = plan.place(query, j, role)
-        plgpu.copy_smem_to_gmem(out, rows.at[share, pl.ds(place * KEYS, KEYS)])
-
-    def add(found, query, j, scaling):
-        add_integers.add_rows(
-            found,
-            *scaling,
-            out,
-            sums,
-            first_column=share * plan.part,
-            twin_row=plan.place(query, j, role) * KEYS,
-            interpret=plan.interpret,
-        )
-
-    def pair(query, j, phases):
+    def pair(query, j, _):
         slot = lax.rem(2 * j + role, jnp.int32(SLOTS))  # `role`, as a traced value
         p_tile, ds_tile = s.p_tile.at[slot], s.ds_tile.at[slot]
-        scaling = [of_tile(table, query, j) for table in (scales, targets)] if adds else []
         steps = []
         if values:
-            s.landing.wait(slot, phases)
+            plgpu.barrier_wait(s.p_full.at[slot])
             steps.append(Product(0, p_tile.T, s.dout_tile.at[:, pl.ds(shift, values)]))
-        steps.append(lambda: s.landing.wait(SLOTS + slot, phases))
+        steps.append(lambda: plgpu.barrier_wait(s.ds_full.at[slot]))
         for i, width in enumerate(widths):
             right = s.query.at[:, pl.ds(sum(widths[:i]), width)]
             steps.append(Product(i, ds_tile.T, right))
@@ -210,32 +153,29 @@ def _multiply(plan: _Plan, role, share, first, targets, scales, rows, sums, s: _
         found = multiply_add(zeros, steps, plan.interpret)
         plgpu.barrier_arrive(s.ds_freed.at[slot])
         plgpu.barrier_arrive(s.query_read, predicate=2 * j + 2 == plan.tiles)
-        if adds:
-            add(found, query, j, scaling)
-        else:
-            store(found, query, j)
-        return lax.bitwise_not(phases)
 
-    def work_item(query, phases):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        warpgroup_barrier(plan.interpret)
+        for i, part in enumerate(found):
+            out = s.out_tile.at[slot, :, pl.ds(sum(widths[:i]), widths[i])]
+            out[...] = part.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        tile = query * plan.tiles + 2 * j + role
+        target = rows.at[share, pl.ds(tile * KEYS, KEYS)]
+        plgpu.copy_smem_to_gmem(s.out_tile.at[slot], target)
+
+    def work_item(query, _):
         plgpu.barrier_wait(s.query_full)
-        return lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), phases)
+        lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), None)
 
-    if role == EVEN:
-        s.landing.initialize()
-        plgpu.barrier_arrive(s.started)
-    plgpu.barrier_wait(s.started)
-    plan.for_each_query(first, work_item, jnp.int32(0))
+    plan.for_each_query(first, work_item, None)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(first, q, dout, weights, dscores, *results, plan: _Plan, **shared):
+def _kernel(first, q, dout, weights, dscores, rows, *, plan: _Plan, **shared):
     role = lax.axis_index("role")
     start = first[0]
     query_full = shared.pop("query_full")
-    words = shared.pop("landed", shared["words"])
-    del shared["words"]
-    shared["landing"] = Landing(words, 0, 2 * SLOTS, plan.interpret)
-    shared["out_tiles"] = [shared.pop("even_out"), shared.pop("odd_out")]
 
     def run(number, share):
         # It counts the copies: one less where the share has no value columns.
@@ -243,7 +183,7 @@ def _kernel(first, q, dout, weights, dscores, *results, plan: _Plan, **shared):
         if number == LOADER:
             _load(plan, share, start, q, dout, weights, dscores, s)
         else:
-            _multiply(plan, number, share, start, *results, s)
+            _multiply(plan, number, share, start, rows, s)
 
     for number in (EVEN, ODD, LOADER):
 
@@ -258,20 +198,8 @@ def _kernel(first, q, dout, weights, dscores, *results, plan: _Plan, **shared):
                     run(number, share)
 
 
-class Added(NamedTuple):
-    """Where rows are added up as integers: those of every second tile, or of all."""
-
-    of_two: int  # tiles: 1 or 2
-    targets: Any  # i32 [pairs]: rows of `sums`; none where it is larger
-    scales: Any  # f32 [pairs]: no scaled value is larger than add_integers.LARGEST
-    sums: Any  # a jax.Ref, i32 [keys, C + R]; in interpret mode [pairs, C + R], the rows
-
-
-def rows_of_queries(
-    first, q, dout, weights, dscores, stored, added: Added | None = None, *,
-    window, sms, interpret=None,
-):  # fmt: skip
-    """Writes or adds up what a window of queries adds to dKV.
+def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, interpret=None):
+    """Writes what a window of queries adds to dKV.
 
     Args:
         first: i32 `[1]`, the first query of the window.
@@ -279,10 +207,8 @@ def rows_of_queries(
         dout: bf16 `[all queries, N, C]`.
         weights: P, bf16 `[window, K / 64, N, 64]`, K a multiple of 128.
         dscores: dS, as P.
-        stored: a `jax.Ref`, bf16 `[shares, rows, columns]`, shares of the C + R columns, for
-            window x K rows, or for those of the first, third, .. 64 selected keys where the others
-            are added; what lies past the last query stays.
-        added: None where no rows are added.
+        added: a `jax.Ref`, bf16 `[shares, window x K, columns]`, shares of the C + R columns; what
+            lies past the last query stays.
         window: queries of the window.
         sms: CTAs.
         interpret: parameters of interpret mode, or None.
@@ -292,12 +218,10 @@ def rows_of_queries(
     plan = _Plan(
         width=width,
         values=dout.shape[-1],
-        heads=heads,
         tiles=tiles,
         window=window,
         total=total,
         lanes=max(1, min(sms // (width // part), window)),
-        added=0 if added is None else added.of_two,
         interpret=interpret is not None,
     )
 
@@ -305,12 +229,8 @@ def rows_of_queries(
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
     def sparse_attention_rows(*refs, **scratch):  # its name is the kernel's
-        if added is None:
-            *refs, stored = refs
-            refs = *refs, None, None, stored, None
         _kernel(*refs, plan=plan, **scratch)
 
-    results = (stored,) if added is None else (added.targets, added.scales, stored, added.sums)
     plgpu.kernel(
         sparse_attention_rows,
         scratch_types={
@@ -318,17 +238,14 @@ def rows_of_queries(
             "dout_tile": tile(heads, part),
             "p_tile": tile(SLOTS, heads, KEYS),
             "ds_tile": tile(SLOTS, heads, KEYS),
-            **{
-                name: add_integers.staging(part) if plan.adds(role) else tile(KEYS, part)
-                for role, name in ((EVEN, "even_out"), (ODD, "odd_out"))
-            },
+            "out_tile": tile(SLOTS, KEYS, part),
             "query_full": [plgpu.Barrier(num_arrivals=n) for n in (1, 2)],
             "query_read": plgpu.Barrier(num_arrivals=2),
-            "p_freed": plgpu.Barrier(num_barriers=SLOTS),
-            "ds_freed": plgpu.Barrier(num_barriers=SLOTS),
-            "started": plgpu.Barrier(),
-            "words": plgpu.SMEM((4 * SLOTS,), jnp.int32),  # for the landing
-            **({} if interpret is None else {"landed": plgpu.Barrier(num_barriers=2 * SLOTS)}),
+            **{
+                f"{name}_{state}": plgpu.Barrier(num_barriers=SLOTS)
+                for name in ("p", "ds")
+                for state in ("full", "freed")
+            },
         },
         grid=(plan.shares, plan.lanes),
         grid_names=("share", "lane"),
@@ -338,4 +255,4 @@ def rows_of_queries(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         **({"interpret": interpret} if interpret is not None else {}),
-    )(first, q, dout, *(x.reshape(-1, KEYS) for x in (weights, dscores)), *results)
+    )(first, q, dout, weights, dscores, added)

@@ -20,7 +20,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.add_rows import Adder
-from pallas_kernels.hopper.column_sums import WARPS
 from pallas_kernels.hopper.gather import Landing
 from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.sparse_attention import weights_sm90
@@ -37,21 +36,18 @@ from pallas_kernels.sparse_attention.weights_sm90 import (
 
 ADDER = 3
 _DEPTH = 18  # rows that a warp of ADDER has on their way
-_DEPTH_WITH_SIZES = 15
 
 
 def _registers(adder: Adder) -> dict[int, int]:
     """Of a thread. Narrower shares leave some free, but a tile then has more parts."""
-    if adder.depth == _DEPTH:
-        of_each = (208, 192, 24, 88) if adder.share == 192 else (208, 200, 32, 72)
-    else:
-        of_each = (208, 200, 24, 80) if adder.share == 192 else (208, 208, 32, 64)
-    return dict(enumerate(of_each))
+    if adder.share == 192:
+        return {SCORES: 208, VALUES: 192, LOADER: 24, ADDER: 88}
+    return {SCORES: 208, VALUES: 200, LOADER: 32, ADDER: 72}
 
 
 def _kernel(first, *refs, plan: weights_sm90.Plan, adder: Adder, **shared):
     (q, dout, out, lse, dlse, kv, indices), listed = refs[:7], refs[7:12]
-    weights, dscores, *sizes = refs[12:]
+    weights, dscores = refs[12:]
     words = shared.pop("landed", shared["picked"])
     landing = Landing(words, 4 * INDEX_SLOTS * KEYS, SLOTS, plan.interpret)
     s = weights_sm90.Shared(**shared, landing=landing)
@@ -61,7 +57,7 @@ def _kernel(first, *refs, plan: weights_sm90.Plan, adder: Adder, **shared):
         if number == SCORES:
             weights_sm90.scores(plan, start, lse, weights, s)
         elif number == VALUES:
-            weights_sm90.values(plan, start, dlse, dscores, sizes[0] if sizes else None, s)
+            weights_sm90.values(plan, start, dlse, dscores, s)
         elif number == LOADER:
             weights_sm90.load(plan, start, q, dout, out, kv, indices, s)
         else:
@@ -81,7 +77,7 @@ def _cluster(heads: int) -> int:
     return 2 if heads // HEADS % 2 == 0 else 1
 
 
-def adder_of(rows: int, width: int, heads: int, sms: int, interpret=None, sizes: int = 0) -> Adder:
+def adder_of(rows: int, width: int, heads: int, sms: int, interpret=None) -> Adder:
     """What adds so many rows up beside P and dS, for so many heads, padded."""
     cluster = _cluster(heads)
     return Adder(
@@ -89,7 +85,7 @@ def adder_of(rows: int, width: int, heads: int, sms: int, interpret=None, sizes:
         width=width,
         share=share_columns(width),
         ctas=_clusters(heads, sms) * cluster,
-        depth=_DEPTH_WITH_SIZES if sizes else _DEPTH,
+        depth=_DEPTH,
         interpret=interpret is not None,
     )
 
@@ -100,15 +96,9 @@ def _clusters(heads: int, sms: int) -> int:
 
 def weights_and_sums(
     first, q, dout, out, lse, dlse, kv, indices, added, pairs, keys, bounds, sums, *,
-    window, queries, rows, scale, sms, sizes: int = 0, interpret=None,
+    window, queries, rows, scale, sms, interpret=None,
 ):  # fmt: skip
     """P and dS of a window, bf16 `[window, K / 64, N, 64]`; and sums of rows.
-
-    And, if `sizes`, how large what a query adds to a key can be at most (but for roundings), for
-    the second, fourth, .. 64 of its keys: bf16 `[window, K / 128, N / 64, 4, 64]`, to be summed
-    over the heads. For a key the sum over the heads h of
-
-        |dS[h]| max_c |Q[h, c]| + P[h] max_c |dO[h, c]|
 
     Args:
         first: i32 `[1]`, the first query of the window; from `all queries` on there is none.
@@ -129,7 +119,6 @@ def weights_and_sums(
         rows: S of a batch row.
         scale: of the scores.
         sms: CTAs.
-        sizes: of every two tiles, for how many they are wanted: 0, the second or both.
         interpret: parameters of interpret mode, or None.
     """
     total, heads, width = q.shape
@@ -147,10 +136,9 @@ def weights_and_sums(
         window=window,
         total=total,
         clusters=clusters,
-        sizes=sizes,
         interpret=interpret is not None,
     )
-    adder = adder_of(added.shape[1], width, heads, sms, interpret, sizes)
+    adder = adder_of(added.shape[1], width, heads, sms, interpret)
 
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
@@ -162,10 +150,9 @@ def weights_and_sums(
         return plgpu.Barrier(num_barriers=count, **options)
 
     result = jax.ShapeDtypeStruct((window, tiles, heads, KEYS), jnp.bfloat16)
-    of_keys = jax.ShapeDtypeStruct((window, tiles // 2 * sizes, groups, WARPS, KEYS), jnp.bfloat16)
     return plgpu.kernel(
         sparse_attention_weights_and_sums,
-        out_type=[result, result, *([of_keys] if sizes else [])],
+        out_type=[result, result],
         scratch_types={
             **({} if interpret is None else {"landed": barriers(SLOTS)}),
             "ring": tile(SLOTS, KEYS, share_columns(width)),

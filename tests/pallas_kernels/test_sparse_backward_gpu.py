@@ -10,8 +10,7 @@ from test_sparse_forward_gpu import SCALE, SHAPES, arguments
 
 from pallas_kernels import Selection, sparse_attention
 from pallas_kernels.dispatch import hopper_is_default
-from pallas_kernels.hopper import column_sums
-from pallas_kernels.sparse_attention import backward_sm90, reference, weights_and_sums_sm90
+from pallas_kernels.sparse_attention import backward_sm90, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,77 +77,6 @@ def test_windows(cuts):
     for one, other in zip((dq_again, dkv_again), expected, strict=True):
         error = jnp.linalg.norm(one.astype(jnp.float32) - other) / jnp.linalg.norm(other)
         assert error < RELATIVE
-
-
-@pytest.mark.parametrize("added", [1, 2])
-def test_added_as_integers(added):
-    """Heads and queries of very different sizes; equal bits; what is not finite stays so."""
-    q, kv, indices, latent = arguments("batch, 64 heads, K off the tile")
-    batch, queries, heads, _ = q.shape
-    rng = np.random.default_rng()
-    sizes = 10.0 ** rng.integers(-12, 13, (batch, queries, 1, 1))
-    dout = jnp.asarray(sizes * rng.standard_normal((batch, queries, heads, latent)), q.dtype)
-    q = q * jnp.asarray(2.0 ** rng.integers(-6, 3, (1, 1, heads, 1)), q.dtype)
-    indices = indices.at[0, 5, 100:].set(indices[0, 5, :1])  # a key that a query has 200 times
-    wide = q.astype(jnp.float32), kv.astype(jnp.float32)
-    options = {"scale": SCALE, "workspace_bytes": 2**30}
-    out, lse = reference.forward(*wide, indices, value_width=latent, **options)
-    dlse = jnp.zeros_like(lse)
-    fn = functools.partial(backward_sm90.gradients, scale=SCALE, window=1000, added=added)
-    run = jax.jit(lambda dout: fn(q, kv, indices, out.astype(q.dtype), lse, dout, dlse))
-    dq, dkv = run(dout)
-    wanted = reference.backward(*wide, indices, out, lse, dout.astype(out.dtype), dlse, **options)
-    for b in range(batch):
-        error = jnp.linalg.norm(dkv[b] - wanted[1][b]) / jnp.linalg.norm(wanted[1][b])
-        assert error < RELATIVE
-    # Each key against its own size: a few may be sums of large terms that cancel.
-    of_keys = jnp.linalg.norm(dkv - wanted[1], axis=-1) / jnp.linalg.norm(wanted[1], axis=-1)
-    assert np.nanquantile(of_keys, 0.99) < 4 * RELATIVE
-    np.testing.assert_array_equal(jnp.isnan(of_keys), (wanted[1] == 0).all(axis=-1))
-    for _ in range(20):
-        assert all(map(jnp.array_equal, run(dout), (dq, dkv)))
-    for bad in (jnp.inf, jnp.nan):
-        _, dkv = run(dout.at[1, 5, 7, 3].set(bad))
-        selected = np.zeros(dkv.shape[:2], bool)
-        selected[1, [k for k in np.asarray(indices[1, 5]) if 0 <= k < kv.shape[1]]] = True
-        np.testing.assert_array_equal(~np.isfinite(dkv).all(axis=-1), selected)
-
-
-@pytest.mark.parametrize("of_two", [1, 2])
-def test_sizes(of_two):
-    """How large what is added to a key can be, of the P and dS that come with it."""
-    rng = np.random.default_rng()
-
-    def normal(*shape):
-        sizes = 10.0 ** rng.integers(-9, 9, (*shape[:2], 1))
-        return jnp.asarray(sizes * rng.standard_normal(shape), jnp.bfloat16)
-
-    queries, heads, rows, selected, width, sms = 40, 128, 500, 384, 576, 132
-    q, dout, out = (normal(queries, heads, n) for n in (width, 512, 512))
-    q, kv = q / 1e9, jnp.asarray(rng.standard_normal((rows, width)), q.dtype)
-    indices = jnp.asarray(rng.integers(-9, rows + 9, (queries, selected)), jnp.int32)
-    zeros = jnp.zeros((queries, heads))
-    ranges = weights_and_sums_sm90.adder_of(64, width, heads, sms).ranges
-    nothing = jnp.zeros(64, jnp.int32), jnp.zeros(64, jnp.int32), jnp.zeros(ranges + 1, jnp.int32)
-
-    @jax.jit
-    def run():
-        refs = jnp.zeros((3, 64, 192), q.dtype), jnp.zeros((rows, width))
-        added, sums = map(jax.new_ref, refs)
-        return weights_and_sums_sm90.weights_and_sums(
-            jnp.zeros(1, jnp.int32), q, dout, out, zeros, zeros, kv, indices, added, *nothing, sums,
-            window=queries, queries=queries, rows=rows, scale=0.1, sms=sms, sizes=of_two,
-        )  # fmt: skip
-
-    weights, dscores, sizes = run()
-    wanted = 0.0
-    for x, of in ((dscores, q), (weights, dout)):
-        largest = jnp.abs(of.astype(jnp.float32)).max(axis=-1)[:, None, :, None]
-        wanted += (jnp.abs(x.astype(jnp.float32)) * largest).sum(axis=2)
-    wanted = wanted.reshape(queries, -1, 2, 64)[:, :, 2 - of_two :].reshape(queries, -1, 64)
-    found = sizes.astype(jnp.float32).sum(axis=(2, 3))
-    assert (np.asarray(wanted) > 0).any()
-    np.testing.assert_allclose(found, wanted, rtol=column_sums.ROUNDINGS)
 
 
 def test_unselected_rows_may_hold_anything():

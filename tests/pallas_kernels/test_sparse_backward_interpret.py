@@ -8,7 +8,6 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import add_rows
-from pallas_kernels.hopper.column_sums import ROUNDINGS
 from pallas_kernels.sparse_attention import (
     backward_lists,
     backward_sm90,
@@ -61,12 +60,9 @@ def error(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(("window", "added"), [(9, 0), (1, 2)])
-def test_backward(window, added):
-    """The kernels and what is between them, against fp32; in one window, and in two.
-
-    Rows are stored and added up by key, or added up as integers.
-    """
+@pytest.mark.parametrize("window", [9, 1])
+def test_backward(window):
+    """The kernels and what is between them, against fp32; in one window, and in two."""
     q, kv, indices, dout, dlse = arguments(2, 1, 90, 64, 256, 0, 70)
     options = {"scale": SCALE, "workspace_bytes": 2**30}
     out, lse = reference.forward(*wide(q, kv), indices, value_width=256, **options)
@@ -75,7 +71,7 @@ def test_backward(window, added):
     # Not jitted: two interpreted kernels in one program wait for each other.
     found = backward_sm90.gradients(
         q, kv, indices, out, lse, dout, dlse,
-        scale=SCALE, window=window, sms=2, added=added, interpret=interpret(),
+        scale=SCALE, window=window, sms=2, interpret=interpret(),
     )  # fmt: skip
     assert no_races()
     for one, other in zip(found, expected, strict=True):
@@ -130,10 +126,9 @@ def test_second_window():
     start = jnp.array([1], jnp.int32)
     ranges = weights_and_sums_sm90.adder_of(384, q.shape[-1], 128, 2).ranges
     listed, sums, after = rows_to_sum(rng, 3, 128, q.shape[-1], ranges)
-    weights, dscores, sizes = weights_and_sums_sm90.weights_and_sums(
-        start, q, dout, out, lse + 9, dlse, kv, indices, *listed, sums,
-        scale=SCALE, sizes=2, **window,
-    )  # fmt: skip
+    weights, dscores = weights_and_sums_sm90.weights_and_sums(
+        start, q, dout, out, lse + 9, dlse, kv, indices, *listed, sums, scale=SCALE, **window
+    )
     assert no_races()
     np.testing.assert_array_equal(jax.freeze(sums), after)
     rows, exists = reference.gather(wide(kv)[0][None], indices[None])
@@ -144,10 +139,6 @@ def test_second_window():
     dexpected = SCALE * expected * (dweights - delta[..., None])
     for found, other in ((weights, expected), (dscores, dexpected)):
         assert error(found[:2], in_tiles(other)[1:]) < RELATIVE
-    largest = [jnp.abs(x[1:]).max(axis=-1)[:, None, :, None] for x in (q32, dout32)]
-    both = [jnp.abs(x[:2].astype(jnp.float32)) for x in (dscores, weights)]
-    bounds = sum((x * y).sum(axis=2) for x, y in zip(both, largest, strict=True))
-    np.testing.assert_allclose(wide(sizes[:2])[0].sum(axis=(2, 3)), bounds, rtol=ROUNDINGS)
 
     dq, added = (jax.new_ref(jnp.zeros(shape, q.dtype)) for shape in (q.shape, (5, 3 * 128, 64)))
     ranges = dq_sm90.adder_of(384, q.shape[-1], 2).ranges

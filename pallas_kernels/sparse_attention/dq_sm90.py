@@ -45,8 +45,8 @@ HEADS = 64  # of a warpgroup
 KEYS = 64  # of a tile
 SLOTS = 4  # of the ring
 INDEX_SLOTS = 6
-UPPER, LOWER, LOADER, ADDER = range(4)
-_REGISTERS = 168, 168, 40, 128
+UPPER, LOWER = range(2)
+_REGISTERS = 168, 168, 40, 128  # of UPPER, LOWER, LOADER, ADDER
 _DEPTH = 24  # rows that a warp of ADDER has on their way
 
 

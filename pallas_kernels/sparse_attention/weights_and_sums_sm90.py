@@ -36,7 +36,10 @@ _DEPTH = 18  # rows that a warp of ADDER has on their way
 
 
 def _registers(adder: Adder) -> tuple[int, ...]:
-    """Of a thread. Narrower shares leave some free, but a tile then has more parts."""
+    """Of a thread of SCORES, VALUES, LOADER and ADDER.
+
+    Narrower shares leave some free, but a tile then has more parts.
+    """
     return (208, 192, 24, 88) if adder.share == 192 else (208, 200, 32, 72)
 
 

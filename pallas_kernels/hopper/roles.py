@@ -28,6 +28,7 @@ def kernel(
     grid: Mapping[str, int],
     interpret: Any,
     out_type: Any = (),
+    cluster: Mapping[str, int] | None = None,
 ) -> Callable[..., Any]:
     """A kernel with a warpgroup for each role, which share a ring that `gather_rows` fills.
 
@@ -42,6 +43,7 @@ def kernel(
         grid: names and sizes.
         interpret: parameters of interpret mode, or None.
         out_type: of the results; none for a kernel that writes `jax.Ref`s.
+        cluster: names and sizes, of CTAs that run together.
     """
     dealt = REGISTERS // (LANES * len(registers)) // 8 * 8
     barriers = plgpu.Barrier(num_barriers=landing_slots)
@@ -58,8 +60,9 @@ def kernel(
 
             @pl.when(mine == number)
             def _(role=role, count=count):
-                action = "decrease" if count < dealt else "increase"
-                plgpu.set_max_registers(count, action=action)
+                if count != dealt:
+                    action = "decrease" if count < dealt else "increase"
+                    plgpu.set_max_registers(count, action=action)
                 role()
 
     body.__name__ = name
@@ -69,6 +72,8 @@ def kernel(
         scratch_types={**twin, **scratch_types},
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=tuple((cluster or {}).values()),
+        cluster_names=tuple(cluster or {}),
         num_threads=len(registers),
         thread_name="role",
         compiler_params=plgpu.CompilerParams(

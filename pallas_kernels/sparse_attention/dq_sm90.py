@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import roles
 from pallas_kernels.hopper.add_rows import Adder
 from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import SWIZZLED
@@ -44,8 +45,8 @@ HEADS = 64  # of a warpgroup
 KEYS = 64  # of a tile
 SLOTS = 4  # of the ring
 INDEX_SLOTS = 6
-UPPER, LOWER, LOADER, ADDER = range(4)
-_REGISTERS = {UPPER: 168, LOWER: 168, LOADER: 40, ADDER: 128}
+UPPER, LOWER = range(2)
+_REGISTERS = 168, 168, 40, 128  # of UPPER, LOWER, LOADER, ADDER
 _DEPTH = 24  # rows that a warp of ADDER has on their way
 
 
@@ -159,31 +160,30 @@ def _multiply(plan: _Plan, role, share, first, dq, s: _Shared):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(first, kv, indices, dscores, *refs, plan: _Plan, adder: Adder, **shared):
+def _for_this_share(plan: _Plan, run) -> None:
+    """`run(share)`, compiled for every share; a CTA has one."""
+    for share in range(plan.shares):
+
+        @pl.when(lax.axis_index("share") == share)
+        def _(share=share):
+            run(share)
+
+
+def _roles(plan: _Plan, adder: Adder, first, kv, indices, dscores, *refs, **shared):
+    """What the warpgroups do."""
     *listed, dq = refs
-    words = shared.pop("landed", shared["picked"])
-    landing = Landing(words, 4 * INDEX_SLOTS * KEYS, SLOTS, plan.interpret)
-    s = _Shared(**shared, landing=landing)
-    role = lax.axis_index("role")
-    start = first[0]
-    for number, registers in _REGISTERS.items():
+    s, start = _Shared(**shared), first[0]
 
-        @pl.when(role == number)
-        def _(number=number, registers=registers):
-            if registers != 128:  # what a thread has to begin with
-                action = "increase" if registers > 128 else "decrease"
-                plgpu.set_max_registers(registers, action=action)
-            if number == ADDER:
-                adder.add(lax.axis_index("share") * plan.lanes + lax.axis_index("lane"), *listed)
-                return
-            for share in range(plan.shares):
+    def multiply(role):
+        _for_this_share(plan, lambda share: _multiply(plan, role, share, start, dq, s))
 
-                @pl.when(lax.axis_index("share") == share)
-                def _(share=share):
-                    if number == LOADER:
-                        _load(plan, share, start, kv, indices, dscores, s)
-                    else:
-                        _multiply(plan, number, share, start, dq, s)
+    def load():
+        _for_this_share(plan, lambda share: _load(plan, share, start, kv, indices, dscores, s))
+
+    def add():
+        adder.add(lax.axis_index("share") * plan.lanes + lax.axis_index("lane"), *listed)
+
+    return lambda: multiply(UPPER), lambda: multiply(LOWER), load, add
 
 
 def _lanes(width: int, sms: int) -> int:
@@ -246,15 +246,11 @@ def dq_of_queries(
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
-    landed = {"landed": plgpu.Barrier(num_barriers=SLOTS)} if plan.interpret else {}
-
-    def sparse_attention_dq(*refs, **scratch):  # its name is the kernel's
-        _kernel(*refs, plan=plan, adder=adder, **scratch)
-
-    plgpu.kernel(
-        sparse_attention_dq,
+    roles.kernel(
+        "sparse_attention_dq",
+        functools.partial(_roles, plan, adder),
+        _REGISTERS,
         scratch_types={
-            **landed,
             "ds_tile": tile(SLOTS, heads, KEYS),
             "keys": tile(SLOTS, KEYS, part),
             "out_tile": tile(heads, part),
@@ -264,12 +260,7 @@ def dq_of_queries(
             "freed": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
             "started": plgpu.Barrier(),
         },
-        grid=(plan.shares, plan.lanes),
-        grid_names=("share", "lane"),
-        num_threads=4,
-        thread_name="role",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        **({"interpret": interpret} if interpret is not None else {}),
+        landing_slots=SLOTS,
+        grid={"share": plan.shares, "lane": plan.lanes},
+        interpret=interpret,
     )(first, kv, indices, dscores, added, pairs, keys, bounds, sums, dq)

@@ -13,14 +13,15 @@ indices. Registers of a thread there: SCORES 208, VALUES 192, LOADER 24, ADDER 8
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import roles
 from pallas_kernels.hopper.add_rows import Adder
-from pallas_kernels.hopper.gather import Landing
 from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.sparse_attention import weights_sm90
 from pallas_kernels.sparse_attention.backward_shares import share_columns
@@ -28,48 +29,35 @@ from pallas_kernels.sparse_attention.weights_sm90 import (
     HEADS,
     INDEX_SLOTS,
     KEYS,
-    LOADER,
-    SCORES,
     SLOTS,
-    VALUES,
 )
 
-ADDER = 3
 _DEPTH = 18  # rows that a warp of ADDER has on their way
 
 
-def _registers(adder: Adder) -> dict[int, int]:
-    """Of a thread. Narrower shares leave some free, but a tile then has more parts."""
-    if adder.share == 192:
-        return {SCORES: 208, VALUES: 192, LOADER: 24, ADDER: 88}
-    return {SCORES: 208, VALUES: 200, LOADER: 32, ADDER: 72}
+def _registers(adder: Adder) -> tuple[int, ...]:
+    """Of a thread of SCORES, VALUES, LOADER and ADDER.
+
+    Narrower shares leave some free, but a tile then has more parts.
+    """
+    return (208, 192, 24, 88) if adder.share == 192 else (208, 200, 32, 72)
 
 
-def _kernel(first, *refs, plan: weights_sm90.Plan, adder: Adder, **shared):
+def _roles(plan: weights_sm90.Plan, adder: Adder, first, *refs, **shared):
+    """What the warpgroups do."""
     (q, dout, out, lse, dlse, kv, indices), listed = refs[:7], refs[7:12]
     weights, dscores = refs[12:]
-    words = shared.pop("landed", shared["picked"])
-    landing = Landing(words, 4 * INDEX_SLOTS * KEYS, SLOTS, plan.interpret)
-    s = weights_sm90.Shared(**shared, landing=landing)
-    start, role = first[0], lax.axis_index("role")
+    s, start = weights_sm90.Shared(**shared), first[0]
 
-    def run(number: int):
-        if number == SCORES:
-            weights_sm90.scores(plan, start, lse, weights, s)
-        elif number == VALUES:
-            weights_sm90.values(plan, start, dlse, dscores, s)
-        elif number == LOADER:
-            weights_sm90.load(plan, start, q, dout, out, kv, indices, s)
-        else:
-            adder.add(lax.axis_index("cluster") * plan.cluster + lax.axis_index("half"), *listed)
+    def add():
+        adder.add(lax.axis_index("cluster") * plan.cluster + lax.axis_index("half"), *listed)
 
-    for number, registers in _registers(adder).items():
-
-        @pl.when(role == number)
-        def _(number=number, registers=registers):
-            action = "increase" if registers > 128 else "decrease"
-            plgpu.set_max_registers(registers, action=action)
-            run(number)
+    return (
+        lambda: weights_sm90.scores(plan, start, lse, weights, s),
+        lambda: weights_sm90.values(plan, start, dlse, dscores, s),
+        lambda: weights_sm90.load(plan, start, q, dout, out, kv, indices, s),
+        add,
+    )
 
 
 def _cluster(heads: int) -> int:
@@ -143,18 +131,16 @@ def weights_and_sums(
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
-    def sparse_attention_weights_and_sums(*refs, **scratch):  # its name is the kernel's
-        _kernel(*refs, plan=plan, adder=adder, **scratch)
-
     def barriers(count: int, **options):
         return plgpu.Barrier(num_barriers=count, **options)
 
     result = jax.ShapeDtypeStruct((window, tiles, heads, KEYS), jnp.bfloat16)
-    return plgpu.kernel(
-        sparse_attention_weights_and_sums,
+    return roles.kernel(
+        "sparse_attention_weights_and_sums",
+        functools.partial(_roles, plan, adder),
+        _registers(adder),
         out_type=[result, result],
         scratch_types={
-            **({} if interpret is None else {"landed": barriers(SLOTS)}),
             "ring": tile(SLOTS, KEYS, share_columns(width)),
             "p_tile": tile(2, HEADS, KEYS),
             "ds_tile": tile(2, HEADS, KEYS),
@@ -167,14 +153,8 @@ def weights_and_sums(
             "weights_read": barriers(2),
             "started": barriers(1),
         },
-        grid=(clusters,),
-        grid_names=("cluster",),
-        cluster=(cluster,),
-        cluster_names=("half",),
-        num_threads=4,
-        thread_name="role",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        **({"interpret": interpret} if interpret is not None else {}),
+        landing_slots=SLOTS,
+        grid={"cluster": clusters},
+        cluster={"half": cluster},
+        interpret=interpret,
     )(first, q, dout, out, lse, dlse, kv, indices, added, pairs, keys, bounds, sums)

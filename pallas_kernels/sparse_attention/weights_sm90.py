@@ -50,7 +50,6 @@ HEADS = 64  # of a CTA: one wgmma's rows
 KEYS = 64  # of a tile
 SLOTS = 8  # of the ring
 INDEX_SLOTS = 7
-SCORES, VALUES, LOADER = range(3)
 
 
 @dataclasses.dataclass(frozen=True)

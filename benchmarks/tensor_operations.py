@@ -1,9 +1,16 @@
 """Operations of the tensor cores in a training step, as the GPU's counters saw them.
 
-    ncu --profile-from-start off --cache-control none --clock-control none --csv --page raw \
+    export XLA_FLAGS=--xla_gpu_enable_command_buffer=
+    python -m benchmarks.plan_check predict --case sparse-8k-once --json FILE --programs FOLDER
+    ncu --target-processes application-only --replay-mode application --cache-control none \
+        --clock-control none --kernel-name 'regex:mosaic|gemm|nvjet|cutlass|xmma' --csv --page raw \
         --print-units base --metrics $(python -m benchmarks.tensor_operations metrics) \
-        --log-file COUNTS.csv python -m benchmarks.plan_check count --case sparse-8k --json FILE
-    python -m benchmarks.tensor_operations add COUNTS.csv --row "sparse-8k h100" --json FILE
+        --log-file COUNTS.csv python -m benchmarks.plan_check count --steps 1 \
+        --case sparse-8k-once --json FILE --programs FOLDER
+    python -m benchmarks.tensor_operations add COUNTS.csv --row "sparse-8k-once h100" --json FILE
+
+The whole program runs once for each pass over the counters, so that no memory is saved between
+them; run alone, it takes 25 GB. This has not yet come to its end on a GPU.
 
 `add` sums the counts of a step's kernels by part of the model, writes them into a row of
 `benchmarks.plan_check`, and compares them with what the plan counts from the config. A kernel works

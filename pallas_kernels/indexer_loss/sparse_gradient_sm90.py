@@ -9,12 +9,15 @@
     rows[t, k] = sum_i iw[t, i] x[k, i] iq[t, i]
 
 (relu(z) = z 1[z > 0], so diw needs no product of its own.) A row is what a query adds to dik of a
-selected key; the rows of a key are added up elsewhere. Three warpgroups:
+selected key. It goes one of two ways: to the memory, in bf16, and the rows of a key are added up
+elsewhere; or to the key's sum in the L2, as integers (`hopper.fixed_point`). The memory is busy
+with the one, the L2's atomics with the other, so that both together are fastest. Three warpgroups:
 
     EVEN, ODD  a query each, its selected keys in tiles of 64
     LOADER     gathers the keys of both into a ring of each
 
-The products of one warpgroup run while the other masks, or writes out its rows.
+The products of one warpgroup run while the other masks, or writes out its rows. Where the sums fit
+the L2, ODD takes queries whose rows are added there, EVEN those whose rows are stored.
 
 SMEM at H = 128: 2 x 3 x 16,384 of rings, and of each warpgroup 16,384 of iq, 8,192 of x and 2 x
 16,384 of rows on their way out. Registers of a thread: EVEN and ODD 232 (64 of u, 64 of rows, 32 of
@@ -25,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +36,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import roles
-from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper import fixed_point, roles, signs
+from pallas_kernels.hopper.gather import LANES, Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import SWIZZLED
-from pallas_kernels.hopper.wgmma import Product, multiply, multiply_add
+from pallas_kernels.hopper.wgmma import Product, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import drain, next_slot
 
 HEADS = 64  # I
@@ -56,18 +59,33 @@ class _Plan:
     width: int  # H
     window: int  # queries of a call, at most
     total: int  # queries of all calls
+    stored: int  # queries of the window whose rows are stored, all or those that come first
     ctas: int
     interpret: bool
 
+    def adds(self, role):
+        """Whether a warpgroup adds its rows up in the L2."""
+        return role == ODD and self.stored < self.window
+
+    def _start(self, role):
+        """Its first query of the window, and what lies between that and its next."""
+        cta = lax.axis_index("cta")
+        if self.stored < self.window:
+            return cta + role * self.stored, self.ctas
+        return 2 * cta + role, 2 * self.ctas
+
     def count(self, first, role):
         """How many queries of the window from `first` on fall to a warpgroup of this CTA."""
-        mine = lax.axis_index("cta") * 2 + role
+        start, stride = self._start(role)
         queries = jnp.minimum(self.window, self.total - first)
-        return lax.div(queries - 1 - mine + 2 * self.ctas, jnp.int32(2 * self.ctas))
+        if role == EVEN:
+            queries = jnp.minimum(queries, self.stored)
+        return lax.div(jnp.maximum(queries - 1 - start + stride, 0), jnp.int32(stride))
 
     def query(self, number, role):
         """Its so-many-th query, counted from the start of the window."""
-        return lax.axis_index("cta") * 2 + role + number * (2 * self.ctas)
+        start, stride = self._start(role)
+        return start + number * stride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +95,20 @@ class _Shared:
     query: Any  # bf16 [2 x 64, H]: iq; diq in the end
     ring: Any  # bf16 [2 x SLOTS, 64, H]
     slopes: Any  # f32 [2 x SLOTS, 64]: d of the ring's keys
+    signs: Any  # i32 [2 x SLOTS, 128]: which of their products are positive
     masked: Any  # bf16 [2 x 64, 64]: x
-    out_tile: Any  # bf16 [2 x 2, 64, H]: rows on their way out
+    out_tile: Any  # bf16 [2 x 2 or 2, 64, H]: rows on their way to the memory
+    stage: Any  # rows on their way to the L2
     picked: Any  # i32 [2 x INDEX_SLOTS + 1, 64]; the last row holds Landing's words
     picked_full: Any
     query_full: Any
-    full: Any  # d of the slot is there
+    full: Any  # d and signs of the slot are there
     freed: list[Any]  # and no longer needed, nor the keys
     started: Any
     landing: Landing
 
 
-def _load(plan: _Plan, first, ik, indices, d, tiles, s: _Shared):
+def _load(plan: _Plan, first, ik, indices, d, positive, tiles, s: _Shared):
     """LOADER."""
 
     def fetch_indices(query, tile, at):
@@ -111,6 +131,7 @@ def _load(plan: _Plan, first, ik, indices, d, tiles, s: _Shared):
 
         some = pl.ds(j * KEYS, KEYS)
         plgpu.copy_gmem_to_smem(d.at[query, some], s.slopes.at[at], s.full.at[at])
+        plgpu.copy_gmem_to_smem(positive.at[query, j], s.signs.at[at], s.full.at[at])
         plgpu.barrier_wait(s.picked_full.at[index_at])
         gather_rows(
             ik,
@@ -154,12 +175,31 @@ def _load(plan: _Plan, first, ik, indices, d, tiles, s: _Shared):
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
     start = ((zero, zero, zero),) * 2
-    states = lax.fori_loop(0, plan.count(first, EVEN), queries, start)
+    longer = jnp.maximum(plan.count(first, EVEN), plan.count(first, ODD))
+    states = lax.fori_loop(0, longer, queries, start)
     for role, (slot, filled, _) in enumerate(states):
         drain(s.freed[role], slot, filled, SLOTS)
 
 
-def _multiply(plan: _Plan, role: int, first, iq, iw, g, tiles, rows, diq, diw, s: _Shared):
+class _Added(NamedTuple):
+    """What it takes to add rows up in the L2."""
+
+    per_one: Any  # f32 [batch x S]: of `fixed_point.units`
+    sums: Any  # i32 [batch x S, H]
+    indices: Any  # i32 [all queries, K]
+
+
+def _target(plan: _Plan, query, j, into: _Added):
+    """`(keys, what makes a term an integer, first key)` of a tile's rows."""
+    picked = into.indices.at[query, pl.ds(j * KEYS, KEYS)]
+    keys = plgpu.load(picked, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    first = lax.div(query, jnp.int32(plan.queries)) * plan.rows
+    return keys, fixed_point.look_up(into.per_one, keys + first, plan.interpret), first
+
+
+def _multiply(
+    plan: _Plan, role: int, first, iq, iw, g, tiles, into: _Added, rows, diq, diw, s: _Shared
+):
     """EVEN or ODD."""
     row, column = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
     mine = pl.ds(role * HEADS, HEADS)
@@ -172,24 +212,31 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, g, tiles, rows, diq, diw, s
         u, slot, phases = carry
         at = role * SLOTS + slot
         keys = s.ring.at[at]
-        wait = functools.partial(s.landing.wait, at, phases)
-        dots = multiply((KEYS, HEADS), [wait, (keys, own.T)], plan.interpret)
+        target = None
+        if plan.adds(role):
+            target = _target(plan, first + query, j, into)
         plgpu.barrier_wait(s.full.at[at])
         slope = plgpu.load(s.slopes.at[at], layout=row, optimized=False)
-        slope = lax.broadcast_in_dim(slope * factor, dots.shape, [0])
-        x = jnp.where(dots > 0, slope, 0.0)
+        positive = plgpu.load(s.signs.at[at], layout=signs.WORDS)
+        x = signs.where_positive(positive, slope * factor, plan.interpret)
         masked[...] = x.astype(jnp.bfloat16)
         weighed = (x * lax.broadcast_in_dim(weight, x.shape, [1])).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        products = [Product(1, weighed, own), Product(0, masked.T, keys)]
+        wait = functools.partial(s.landing.wait, at, phases)
+        products = [Product(1, weighed, own), wait, Product(0, masked.T, keys)]
         u, added = multiply_add([u, zeros(plan.width)], products, plan.interpret)
-        out_tile = s.out_tile.at[2 * role + lax.rem(j, jnp.int32(2))]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        if target is None:
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
         plgpu.barrier_arrive(s.freed[role].at[slot])
-        out_tile[...] = added.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_tile, rows.at[query, pl.ds(j * KEYS, KEYS)])
+        if target is None:
+            out_tile = s.out_tile.at[2 * role + lax.rem(j, jnp.int32(2))]
+            out_tile[...] = added.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_tile, rows.at[query, pl.ds(j * KEYS, KEYS)])
+        else:
+            options = {"limit": plan.rows, "interpret": plan.interpret}
+            fixed_point.add_rows(into.sums, added, *target, s.stage, **options)
         return u, next_slot(slot, SLOTS), Landing.next(at, phases)
 
     def work_item(number, carry):
@@ -215,12 +262,15 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, g, tiles, rows, diq, diw, s
     plgpu.barrier_wait(s.started)
     lax.fori_loop(0, plan.count(first, role), work_item, (jnp.int32(0), jnp.int32(0)))
     plgpu.wait_smem_to_gmem(0)
+    if plan.adds(role):
+        fixed_point.finish(plan.interpret)
 
 
 def gradient(
-    first, iq, ik, iw, d, g, indices, tiles, *, window, queries, rows, sms, interpret=None
-):
-    """`(rows bf16 [window, K, H], diq bf16 [window, 64, H], diw f32 [window, 64])` of a window.
+    first, iq, ik, iw, d, positive, g, indices, tiles, per_one, sums, *,
+    queries, rows, window, stored, sms, interpret=None,
+):  # fmt: skip
+    """`(rows bf16 [stored, K, H], diq bf16 [window, 64, H], diw f32 [window, 64])` of a window.
 
     Rows are undefined in tiles without a key.
 
@@ -230,36 +280,45 @@ def gradient(
         ik: bf16 `[batch x S, H]`.
         iw: f32 `[all queries, 64]`.
         d: f32 `[all queries, K]`, the gradient of kl for the scores; 0 where no key is selected.
+        positive: i32 `[all queries, K / 64, 128]`, from `sparse_pairs_sm90.pairs`.
         g: f32 `[all queries]`, the gradient of kl.
-        indices: i32 `[all queries, K]`, K a multiple of 64.
+        indices: i32 `[all queries, K]`, K a multiple of 64; S where no key is selected.
         tiles: i32 `[all queries]`, how many tiles of 64 hold a key, at least 1.
-        window: queries of the window; what lies past the last query is left as it is.
+        per_one: f32 `[batch x S]`, of `fixed_point.units`, for the rows that are not stored; None
+            if all are.
+        sums: a `jax.Ref`, i32 `[batch x S, H]`, to which these are added, or None.
         queries: T of a batch row.
         rows: S of a batch row.
+        window: queries of the window; what lies past the last query is left as it is.
+        stored: how many of them have their rows stored: all, or those that come first.
         sms: CTAs.
         interpret: parameters of interpret mode, or None.
     """
     total, _, width = iq.shape
+    every = stored == window
     plan = _Plan(
         queries=queries,
         rows=rows,
         width=width,
         window=window,
         total=total,
-        ctas=min(sms, pl.cdiv(window, 2)),
+        stored=stored,
+        ctas=min(sms, pl.cdiv(window, 2) if every else max(stored, window - stored)),
         interpret=interpret is not None,
     )
 
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
-    def assign(first, iq, ik, iw, d, g, indices, tiles, rows, diq, diw, **shared):
+    def assign(first, iq, ik, iw, d, positive, g, indices, tiles, *refs, **shared):
+        *into, rows, diq, diw = refs
+        into = _Added(*into, indices) if into else None
         s, start = _Shared(**shared), first[0]
         multiply = functools.partial(_multiply, plan)
         return (
-            lambda: multiply(EVEN, start, iq, iw, g, tiles, rows, diq, diw, s),
-            lambda: multiply(ODD, start, iq, iw, g, tiles, rows, diq, diw, s),
-            lambda: _load(plan, start, ik, indices, d, tiles, s),
+            lambda: multiply(EVEN, start, iq, iw, g, tiles, into, rows, diq, diw, s),
+            lambda: multiply(ODD, start, iq, iw, g, tiles, into, rows, diq, diw, s),
+            lambda: _load(plan, start, ik, indices, d, positive, tiles, s),
         )
 
     return roles.kernel(
@@ -267,7 +326,7 @@ def gradient(
         assign,
         _REGISTERS,
         out_type=[
-            jax.ShapeDtypeStruct((window, indices.shape[1], width), jnp.bfloat16),
+            jax.ShapeDtypeStruct((stored, indices.shape[1], width), jnp.bfloat16),
             jax.ShapeDtypeStruct((window, HEADS, width), jnp.bfloat16),
             jax.ShapeDtypeStruct((window, HEADS), jnp.float32),
         ],
@@ -275,16 +334,18 @@ def gradient(
             "query": tile(2 * HEADS, width),
             "ring": tile(2 * SLOTS, KEYS, width),
             "slopes": plgpu.SMEM((2 * SLOTS, KEYS), jnp.float32),
+            "signs": plgpu.SMEM((2 * SLOTS, LANES), jnp.int32),
             "masked": tile(2 * KEYS, HEADS),
-            "out_tile": tile(2 * 2, KEYS, width),
+            "out_tile": tile(2 * 2 if every else 2, KEYS, width),
+            "stage": None if every else fixed_point.staging(width),
             "picked": plgpu.SMEM((2 * INDEX_SLOTS + 1, KEYS), jnp.int32),
             "picked_full": plgpu.Barrier(num_barriers=2 * INDEX_SLOTS),
             "query_full": plgpu.Barrier(num_barriers=2),
-            "full": plgpu.Barrier(num_barriers=2 * SLOTS),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=2 * SLOTS),
             "freed": [plgpu.Barrier(num_barriers=SLOTS) for _ in _CONSUMERS],
             "started": plgpu.Barrier(),
         },
         landing_slots=2 * SLOTS,
         grid={"cta": plan.ctas},
         interpret=interpret,
-    )(first, iq, ik, iw, d, g, indices, tiles)
+    )(first, iq, ik, iw, d, positive, g, indices, tiles, *([] if every else [per_one, sums]))

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
+from pallas_kernels.hopper import fixed_point
+from pallas_kernels.hopper.gather import LANES
 from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.indexer_loss import (
     sparse_gradient_sm90,
@@ -36,6 +38,7 @@ HEADS = 128  # of the attention, that one call takes
 INDEX_HEADS = 64
 # A window costs a pass over dik in fp32 and the ends of two kernels, so that few are better.
 WORKSPACE_BYTES = 9 * 2**28
+CACHE_BYTES = 2**25  # of sums that stay in the L2 of 50 MB while other things pass through it
 
 
 def unsupported(iq, ik, q, kv) -> str | None:
@@ -63,6 +66,7 @@ class Residuals(NamedTuple):
     indices: jax.Array  # i32 [B, T, K']: ascending, S where none is; K' whole tiles
     count: jax.Array  # i32 [B, T]: how many are inside
     d: jax.Array  # f32 [B, T, K']: the gradient of kl for the scores; 0 where no key is selected
+    positive: jax.Array  # i32 [B, T, K' / 64, 128]: of `hopper.signs`, which products are positive
 
 
 def forward(iq, ik, iw, q, kv, lse, indices, *, scale: float, workspace_bytes: int = 0):
@@ -76,20 +80,24 @@ def forward_for_backward(
 ):
     """`(kl [B, T], Residuals)`."""
     del workspace_bytes
-    kl, *rest = compare(iq, ik, iw, q, kv, lse, indices, scale=scale)
+    kl, *rest = compare(iq, ik, iw, q, kv, lse, indices, scale=scale, keep_signs=True)
     return kl, Residuals(iq, ik, iw, *rest)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "sms", "interpret"))
-def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret: Any = None):
-    """`(kl, indices, count and d of Residuals)`."""
+@functools.partial(jax.jit, static_argnames=("scale", "keep_signs", "sms", "interpret"))
+def compare(
+    iq, ik, iw, q, kv, lse, indices, *,
+    scale, keep_signs: bool = False, sms: int = 132, interpret: Any = None,
+):  # fmt: skip
+    """`(kl, indices, count and d of Residuals)`, then `positive` if asked for."""
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     pads = ((0, 0), (0, 0), (0, -indices.shape[2] % KEYS))
     indices = jnp.pad(indices, pads, constant_values=-1)
     if 0 in (*indices.shape, rows):
         nothing, none = jnp.zeros(indices.shape, jnp.float32), jnp.zeros((batch, queries))
-        return none, indices, none.astype(jnp.int32), nothing
+        words = jnp.zeros((*indices.shape[:2], indices.shape[2] // KEYS, LANES), jnp.int32)
+        return none, indices, none.astype(jnp.int32), nothing, *[words] * keep_signs
     inside = (indices >= 0) & (indices < rows)
     indices, count = ascending(indices, rows), inside.sum(axis=-1, dtype=jnp.int32)
     # More than 128 heads are as many queries with the same keys.
@@ -106,18 +114,19 @@ def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret
 
     # A head of a query without keys has no lse; one that fills up has no mass.
     lse = by_query(jnp.where(jnp.isfinite(lse), lse * LOG2E, 0.0), jnp.inf)
-    mass, scores = sparse_pairs_sm90.pairs(
+    found = sparse_pairs_sm90.pairs(
         by_query(q, 0), repeat(iq), kv.reshape(-1, width), ik.reshape(-1, ik.shape[-1]),
         lse, repeat(iw), repeat(indices), repeat(_tiles(count)),
-        queries=queries * split, rows=rows, scale=scale, sms=sms, interpret=interpret,
+        queries=queries * split, rows=rows, scale=scale, sms=sms, keep_signs=keep_signs,
+        interpret=interpret,
     )  # fmt: skip
-    mass, scores = vary_like((mass, scores), (iq, ik, iw, q, kv))
+    mass, *found = vary_like(tuple(found), (iq, ik, iw, q, kv))
     mass = mass.reshape(batch, queries, -1, mass.shape[-1])
     # One after the other, not as a sum over an axis: it costs no pass of its own then.
     mass = functools.reduce(jnp.add, [mass[:, :, group] for group in range(mass.shape[2])])
-    scores = scores.reshape(batch, queries, split, -1)[:, :, 0]
+    scores, *positive = (x.reshape(batch, queries, split, *x.shape[1:])[:, :, 0] for x in found)
     kl, d = divergence(mass, scores, _exists(count, indices))
-    return kl, indices, count, d
+    return kl, indices, count, d, *positive
 
 
 def divergence(mass, scores, exists):
@@ -151,49 +160,103 @@ def gradients(
     window: int, dik_dtype: Any = None, sms: int = 132, interpret: Any = None,
 ):  # fmt: skip
     """The gradients, with at most so many queries in a window."""
-    iq, ik, iw, indices, count, d = residuals
+    iq, ik, iw, indices, count, d, positive = residuals
     dik_dtype = dik_dtype or ik.dtype
     batch, queries, heads, width = iq.shape
     rows = ik.shape[1]
     if 0 in (*indices.shape, rows):
         return jnp.zeros_like(iq), jnp.zeros_like(ik, dik_dtype), jnp.zeros_like(iw)
     total = batch * queries
-    d, indices = d.reshape(total, -1), indices.reshape(total, -1)
+    d, indices, g, count, positive = (
+        x.reshape(total, *x.shape[2:]) for x in (d, indices, g, count, positive)
+    )
     arrays = iq.reshape(total, heads, width), ik.reshape(-1, width), iw.reshape(total, heads)
-    arrays = *arrays, d, g.reshape(total), indices, _tiles(count.reshape(total))
+    arrays = *arrays, d, positive, g, indices, _tiles(count)
     blocks = -(-batch * rows // BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
     window = min(max(1, window), total, sparse_lists_sm90.max_window(d.shape[1]))
     window = -(-total // -(-total // window))  # windows of one size
+    plan = _Plan(queries, rows, batch * rows, window, stored(window, batch * rows * width), sms)
     # The kernel writes all of it: nothing has to be there before.
     sums = jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
 
-    def step(first):
-        start = first.reshape(1)
-        added, diq, diw = sparse_gradient_sm90.gradient(
-            start, *arrays,
-            window=window, queries=queries, rows=rows, sms=sms, interpret=interpret,
-        )  # fmt: skip
-        lists = _lists(
-            start, count.reshape(total), indices, interpret,
-            window=window, queries=queries, rows=rows, blocks=blocks,
-        )  # fmt: skip
-        added = added.reshape(-1, width)
-        sparse_sums_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
-        return diq, diw
+    def step(added, first):
+        more, diq, diw = _gradients(plan, first, arrays, count, sums, interpret)
+        return added + more, (diq, diw)
 
     firsts = jnp.arange(0, total, window, dtype=jnp.int32)
     if len(firsts) == 1:
-        results = step(firsts[0])
+        added, results = step(0.0, firsts[0])
     else:
-        _, results = lax.scan(lambda _, first: (None, step(first)), None, firsts)
+        nothing = jnp.zeros((batch * rows, width) if plan.adds else (), jnp.float32)
+        added, results = lax.scan(step, vary_like(nothing, residuals), firsts)
     # The kernels do not tell over which mesh axes their results vary.
     dik, results = vary_like((jax.freeze(sums).sum(axis=0), results), residuals)
     diq, diw = (
         x.reshape(-1, *like.shape[2:])[:total].reshape(like.shape)
         for x, like in zip(results, (iq, iw), strict=True)
     )
-    return diq, dik[: batch * rows].reshape(ik.shape).astype(dik_dtype), diw
+    return diq, (dik[: batch * rows] + added).reshape(ik.shape).astype(dik_dtype), diw
+
+
+class _Plan(NamedTuple):
+    """The static numbers of a call."""
+
+    queries: int  # T, of one batch row
+    rows: int  # S, of one batch row
+    keys: int  # of all batch rows
+    window: int  # queries of it
+    stored: int  # of them those whose rows are stored: all, or those that come first
+    sms: int
+
+    @property
+    def adds(self) -> bool:
+        """Whether the rows of some queries are added up in the L2."""
+        return self.stored < self.window
+
+
+def stored(window: int, size: int) -> int:
+    """Of how many queries of a window the rows are stored, given how many numbers dik has."""
+    return -(-window // 2) if 4 * size <= CACHE_BYTES else window
+
+
+def _gradients(plan: _Plan, first, arrays, count, sums, interpret):
+    """`(dik of the rows that were not stored, diq, diw)` of a window; adds the others to `sums`."""
+    sizes = {"queries": plan.queries, "rows": plan.rows}
+    start, into, per_one, one = first.reshape(1), None, None, None
+    if plan.adds:
+        others = plan.window - plan.stored
+        largest = _largest(first + plan.stored, others, arrays, plan)
+        per_one, one = fixed_point.units(largest, others)
+        into = jnp.zeros((plan.keys, arrays[0].shape[-1]), jnp.int32)
+        into = jax.new_ref(vary_like(into, arrays))
+    added, diq, diw = sparse_gradient_sm90.gradient(
+        start, *arrays, per_one, into,
+        window=plan.window, stored=plan.stored, sms=plan.sms, interpret=interpret, **sizes,
+    )  # fmt: skip
+    blocks = sums.shape[1] // BLOCK
+    lists = _lists(start, count, arrays[-2], interpret, window=plan.stored, blocks=blocks, **sizes)
+    added = added.reshape(-1, added.shape[-1])
+    sparse_sums_sm90.sum_rows(start, added, *lists, sums, sms=plan.sms, interpret=interpret)
+    return fixed_point.to_floats(jax.freeze(into), one) if plan.adds else 0.0, diq, diw
+
+
+def _largest(first, count: int, arrays, plan: _Plan):
+    """A bound on what any of so many queries adds to each key, f32 `[batch x S]`."""
+    iq, _, iw, d, _, g, indices, _ = arrays
+    # Where so many do not follow, others before them are looked at, too.
+    numbers = jnp.arange(len(iq), dtype=jnp.int32)
+    iq, iw, d, g, indices, numbers = (
+        lax.dynamic_slice_in_dim(x, first, count) for x in (iq, iw, d, g, indices, numbers)
+    )
+    heads = (jnp.abs(iw)[..., None] * jnp.abs(iq)).sum(axis=1).max(axis=1)
+    # More than the products' factors gain as they are rounded to bf16.
+    bound = jnp.abs(d * ((1 + 2**-6) * g * heads)[:, None])
+    keys = indices + (numbers // plan.queries * plan.rows)[:, None]
+    keys = jnp.where(indices < plan.rows, keys, plan.keys)
+    bits = lax.bitcast_convert_type(bound, jnp.int32)  # they rise as the floats do, NaN above all
+    found = jnp.zeros((plan.keys,), jnp.int32).at[keys].max(bits, mode="drop")
+    return lax.bitcast_convert_type(found, jnp.float32)
 
 
 def _lists(first, count, indices, interpret, **sizes):

@@ -60,7 +60,9 @@ def test_value_and_gradient():
     Six queries on four CTAs: two are divided.
     """
     inputs = iq, ik, iw, q, kv, lse, indices = arguments(2, 3, 400, 70, 140, index_width=128)
-    kl, *rest = sparse_sm90.compare(*inputs, scale=SCALE, sms=4, interpret=interpret())
+    kl, *rest = sparse_sm90.compare(
+        *inputs, scale=SCALE, keep_signs=True, sms=4, interpret=interpret()
+    )
     assert no_races()
     g = normal(np.random.default_rng(1), 2, 3, dtype=jnp.float32)
     residuals = sparse_sm90.Residuals(iq, ik, iw, *rest)

@@ -227,12 +227,14 @@ def _run(code: str, constraints: str, *operands) -> None:
 
 def _add_rows_twin(sums, rows, keys, per_one, first_key, limit) -> None:
     terms = jnp.round(rows * per_one[:, None]).astype(jnp.int32)
-    for r in range(rows.shape[0]):
 
+    def add(r, _):
         @pl.when((keys[r] >= 0) & (keys[r] < limit))
-        def _(r=r):
+        def _():
             of = first_key + keys[r]
             sums[of, :] = sums[of, :] + terms[r]
+
+    lax.fori_loop(0, rows.shape[0], add, None)
 
 
 def _address(ref) -> Any:

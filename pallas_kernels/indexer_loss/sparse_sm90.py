@@ -228,8 +228,7 @@ def _gradients(plan: _Plan, first, arrays, count, sums, interpret):
         others = plan.window - plan.stored
         largest = _largest(first + plan.stored, others, arrays, plan)
         per_one, one = fixed_point.units(largest, others)
-        into = jnp.zeros((plan.keys, arrays[0].shape[-1]), jnp.int32)
-        into = jax.new_ref(vary_like(into, arrays))
+        into = jax.new_ref(jnp.zeros((plan.keys, arrays[0].shape[-1]), jnp.int32))
     added, diq, diw = sparse_gradient_sm90.gradient(
         start, *arrays, per_one, into,
         window=plan.window, stored=plan.stored, sms=plan.sms, interpret=interpret, **sizes,

@@ -107,12 +107,14 @@ def look_up(table, keys, interpret: bool):
     return emit(table, keys)
 
 
-def staging(columns: int):
-    """What `add_rows` needs of SMEM. Rows are that far apart that eight lie in different banks."""
-    return plgpu.SMEM((_ROWS, columns + _APART), jnp.int32)
+def staging(stages: int, columns: int):
+    """SMEM for `add_rows`. Rows are that far apart that eight lie in different banks."""
+    return plgpu.SMEM((stages, _ROWS, columns + _APART), jnp.int32)
 
 
-def add_rows(sums, rows, keys, per_one, first_key, stage, *, limit: int, interpret: bool) -> None:
+def add_rows(
+    sums, rows, keys, per_one, first_key, stage, *, stages: int, limit: int, interpret: bool
+) -> None:
     """`sums[first_key + keys[r]] += rows[r] per_one[r]`, rounded to integers, for 64 rows.
 
     The additions are under way when this returns, until `finish`. Each warp adds its own 16 rows.
@@ -123,7 +125,8 @@ def add_rows(sums, rows, keys, per_one, first_key, stage, *, limit: int, interpr
         keys: i32 `[64]`, by its rows; one outside `0 .. limit - 1` has no sum.
         per_one: f32 `[64]`, likewise, of each row's key.
         first_key: added to every key.
-        stage: SMEM of `staging`, of this warpgroup alone.
+        stage: one of those of `staging`, of this warpgroup alone: each in its turn.
+        stages: how many there are. Rows of all but one may be on their way while others follow.
         limit: see `keys`.
         interpret: whether to run the twin, which is of one CTA.
     """
@@ -149,7 +152,7 @@ def add_rows(sums, rows, keys, per_one, first_key, stage, *, limit: int, interpr
         i32 = ir.IntegerType.get_signless(32)
         lane = arith.remui(utils.thread_idx(), arith.constant(i32, LANES))
         place = llvm.ptrtoint(i32, utils.memref_ptr(stage))
-        _run(_BEFORE, "")
+        _run(f"cp.async.bulk.wait_group.read {stages - 1}; bar.warp.sync 0xffffffff;", "")
         # [columns / 8, 2 halves of a warp's 16 rows, 2 columns]
         singles = singles.reshape(columns // 8, 2, 2)
         for half in range(2):
@@ -160,9 +163,6 @@ def add_rows(sums, rows, keys, per_one, first_key, stage, *, limit: int, interpr
         _run(_send(columns, limit), "r,r,r,r,r,l", *keys, first, lane, place, _address(sums))
 
     emit(sums, rows, keys, per_one, first_key, stage)
-
-
-_BEFORE = "cp.async.bulk.wait_group.read 0; bar.warp.sync 0xffffffff;"
 
 
 def _put(half: int, columns: int) -> str:

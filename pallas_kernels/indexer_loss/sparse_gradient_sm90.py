@@ -44,8 +44,6 @@ from pallas_kernels.sparse_attention.backward_shares import drain, next_slot
 
 HEADS = 64  # I
 KEYS = 64  # of a tile
-SLOTS = 3  # of a ring
-INDEX_SLOTS = SLOTS + 1  # of each warpgroup: refilled when the rows of its last tile have landed
 EVEN, ODD = _CONSUMERS = 0, 1
 _REGISTERS = 232, 232, 40  # of EVEN, ODD, LOADER
 
@@ -62,6 +60,16 @@ class _Plan:
     stored: int  # queries of the window whose rows are stored, all or those that come first
     ctas: int
     interpret: bool
+
+    @property
+    def slots(self):
+        """Of a ring, and of what is on its way to the L2."""
+        return 3 if self.stored == self.window else 2
+
+    @property
+    def index_slots(self):
+        """Of each warpgroup: refilled when the rows of its last tile have landed."""
+        return self.slots + 1
 
     def adds(self, role):
         """Whether a warpgroup adds its rows up in the L2."""
@@ -93,13 +101,13 @@ class _Shared:
     """SMEM and barriers; of what both warpgroups have, that of EVEN comes first."""
 
     query: Any  # bf16 [2 x 64, H]: iq; diq in the end
-    ring: Any  # bf16 [2 x SLOTS, 64, H]
-    slopes: Any  # f32 [2 x SLOTS, 64]: d of the ring's keys
-    signs: Any  # i32 [2 x SLOTS, 128]: which of their products are positive
+    ring: Any  # bf16 [2 x slots, 64, H]
+    slopes: Any  # f32 [2 x slots, 64]: d of the ring's keys
+    signs: Any  # i32 [2 x slots, 128]: which of their products are positive
     masked: Any  # bf16 [2 x 64, 64]: x
     out_tile: Any  # bf16 [2 x 2 or 2, 64, H]: rows on their way to the memory
-    stage: Any  # rows on their way to the L2
-    picked: Any  # i32 [2 x INDEX_SLOTS + 1, 64]; the last row holds Landing's words
+    stage: Any  # i32 [slots, ..] of `fixed_point.staging`: rows on their way to the L2
+    picked: Any  # i32 [2 x index slots + 1, 64]; the last row holds Landing's words
     picked_full: Any
     query_full: Any
     full: Any  # d and signs of the slot are there
@@ -117,17 +125,17 @@ def _load(plan: _Plan, first, ik, indices, d, positive, tiles, s: _Shared):
 
     def fill(role, query, count, j, state):
         slot, filled, index_slot = state
-        following = next_slot(index_slot, INDEX_SLOTS)
-        at, index_at = role * SLOTS + slot, role * INDEX_SLOTS + index_slot
+        following = next_slot(index_slot, plan.index_slots)
+        at, index_at = role * plan.slots + slot, role * plan.index_slots + index_slot
 
-        @pl.when(filled >= SLOTS)
+        @pl.when(filled >= plan.slots)
         def _():
             plgpu.barrier_wait(s.freed[role].at[slot])
 
         # What was there is no longer read: its rows have landed.
         @pl.when(j + 1 < count)
         def _():
-            fetch_indices(query, j + 1, role * INDEX_SLOTS + following)
+            fetch_indices(query, j + 1, role * plan.index_slots + following)
 
         some = pl.ds(j * KEYS, KEYS)
         plgpu.copy_gmem_to_smem(d.at[query, some], s.slopes.at[at], s.full.at[at])
@@ -145,7 +153,7 @@ def _load(plan: _Plan, first, ik, indices, d, positive, tiles, s: _Shared):
             columns=(0, plan.width),
             arrive=True,
         )
-        return next_slot(slot, SLOTS), filled + 1, following
+        return next_slot(slot, plan.slots), filled + 1, following
 
     def queries(number, states):
         mine = []
@@ -157,7 +165,7 @@ def _load(plan: _Plan, first, ik, indices, d, positive, tiles, s: _Shared):
 
             @pl.when(exists)
             def _(role=role, query=query):
-                fetch_indices(query, 0, role * INDEX_SLOTS + states[role][2])
+                fetch_indices(query, 0, role * plan.index_slots + states[role][2])
 
         def tile(j, states):
             return tuple(
@@ -178,7 +186,7 @@ def _load(plan: _Plan, first, ik, indices, d, positive, tiles, s: _Shared):
     longer = jnp.maximum(plan.count(first, EVEN), plan.count(first, ODD))
     states = lax.fori_loop(0, longer, queries, start)
     for role, (slot, filled, _) in enumerate(states):
-        drain(s.freed[role], slot, filled, SLOTS)
+        drain(s.freed[role], slot, filled, plan.slots)
 
 
 class _Added(NamedTuple):
@@ -210,7 +218,7 @@ def _multiply(
 
     def tile(query, weight, factor, j, carry):
         u, slot, phases = carry
-        at = role * SLOTS + slot
+        at = role * plan.slots + slot
         keys = s.ring.at[at]
         target = None
         if plan.adds(role):
@@ -235,9 +243,9 @@ def _multiply(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_tile, rows.at[query, pl.ds(j * KEYS, KEYS)])
         else:
-            options = {"limit": plan.rows, "interpret": plan.interpret}
-            fixed_point.add_rows(into.sums, added, *target, s.stage, **options)
-        return u, next_slot(slot, SLOTS), Landing.next(at, phases)
+            options = {"stages": plan.slots, "limit": plan.rows, "interpret": plan.interpret}
+            fixed_point.add_rows(into.sums, added, *target, s.stage.at[slot], **options)
+        return u, next_slot(slot, plan.slots), Landing.next(at, phases)
 
     def work_item(number, carry):
         query = plan.query(number, role)
@@ -332,20 +340,20 @@ def gradient(
         ],
         scratch_types={
             "query": tile(2 * HEADS, width),
-            "ring": tile(2 * SLOTS, KEYS, width),
-            "slopes": plgpu.SMEM((2 * SLOTS, KEYS), jnp.float32),
-            "signs": plgpu.SMEM((2 * SLOTS, LANES), jnp.int32),
+            "ring": tile(2 * plan.slots, KEYS, width),
+            "slopes": plgpu.SMEM((2 * plan.slots, KEYS), jnp.float32),
+            "signs": plgpu.SMEM((2 * plan.slots, LANES), jnp.int32),
             "masked": tile(2 * KEYS, HEADS),
             "out_tile": tile(2 * 2 if every else 2, KEYS, width),
-            "stage": None if every else fixed_point.staging(width),
-            "picked": plgpu.SMEM((2 * INDEX_SLOTS + 1, KEYS), jnp.int32),
-            "picked_full": plgpu.Barrier(num_barriers=2 * INDEX_SLOTS),
+            "stage": None if every else fixed_point.staging(plan.slots, width),
+            "picked": plgpu.SMEM((2 * plan.index_slots + 1, KEYS), jnp.int32),
+            "picked_full": plgpu.Barrier(num_barriers=2 * plan.index_slots),
             "query_full": plgpu.Barrier(num_barriers=2),
-            "full": plgpu.Barrier(num_arrivals=2, num_barriers=2 * SLOTS),
-            "freed": [plgpu.Barrier(num_barriers=SLOTS) for _ in _CONSUMERS],
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=2 * plan.slots),
+            "freed": [plgpu.Barrier(num_barriers=plan.slots) for _ in _CONSUMERS],
             "started": plgpu.Barrier(),
         },
-        landing_slots=2 * SLOTS,
+        landing_slots=2 * plan.slots,
         grid={"cta": plan.ctas},
         interpret=interpret,
     )(first, iq, ik, iw, d, positive, g, indices, tiles, *([] if every else [per_one, sums]))

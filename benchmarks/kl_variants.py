@@ -5,9 +5,8 @@ from benchmarks import indexer_loss as b
 from benchmarks import sparse_attention as a
 from benchmarks import timing
 from pallas_kernels.indexer_loss import sparse_sm90
-if "STORED" in os.environ:
-    share = float(os.environ["STORED"])
-    sparse_sm90.stored = lambda window, size: max(1, int(share * window))
+if "CACHED" in os.environ:
+    sparse_sm90.in_cache = lambda size: os.environ["CACHED"] == "1"
 keys = int(sys.argv[1]); name = sys.argv[2]
 if sys.argv[3:] == ["lower"]:
     a.T = 256

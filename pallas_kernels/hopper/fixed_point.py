@@ -7,7 +7,8 @@
 
 Sums of integers have no order, so atomics may add them up. Every key has a unit, a power of two
 that is so small that its terms are integers of some 18 bits, and so large that no sum of them can
-overflow. Where all sums fit the L2, they are added up there, and no row goes to the memory.
+overflow. Two columns share a word of 64 bits, hi 2^32 + lo, both signed; so do their sums, and one
+atomic adds both. Where all sums fit the L2, they are added up there, and no row goes to the memory.
 
     units         from how large a key's terms can be
     add_rows      a tile of 64 rows, from the registers of a warpgroup
@@ -30,8 +31,6 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels.hopper.gather import LANES
 from pallas_kernels.hopper.signs import scalar
 
-_ROWS = 64
-_APART = 8  # words between staged rows
 _MAX_BITS = 21  # of a term: what adding 1.5 x 2^23 rounds to an integer
 _ROUND = 0x4B400000  # the bits of 1.5 x 2^23
 _MIN_EXPONENT = -80  # smaller terms than 2^-80 are 0: the inverse of a unit has to be a float
@@ -64,7 +63,13 @@ def _power(exponent):
 
 def to_floats(sums, one):
     """What `add_rows` has added up, f32 `[keys, columns]`, given each key's unit."""
-    return sums.astype(jnp.float32) * one[:, None]
+    return (sums + _borrowed(sums)).astype(jnp.float32) * one[:, None]
+
+
+def _borrowed(words):
+    """The high word of hi 2^32 + lo is hi - 1 where lo < 0: by how much it is short."""
+    odd = jnp.arange(words.shape[-1]) % 2 == 1
+    return (odd & (jnp.roll(words, 1, axis=-1) < 0)).astype(jnp.int32)
 
 
 def look_up(table, keys, interpret: bool):
@@ -107,26 +112,19 @@ def look_up(table, keys, interpret: bool):
     return emit(table, keys)
 
 
-def staging(stages: int, columns: int):
-    """SMEM for `add_rows`. Rows are that far apart that eight lie in different banks."""
-    return plgpu.SMEM((stages, _ROWS, columns + _APART), jnp.int32)
-
-
-def add_rows(
-    sums, rows, keys, per_one, first_key, stage, *, stages: int, limit: int, interpret: bool
-) -> None:
+def add_rows(sums, rows, keys, per_one, first_key, stage, *, limit: int, interpret: bool) -> None:
     """`sums[first_key + keys[r]] += rows[r] per_one[r]`, rounded to integers, for 64 rows.
 
-    The additions are under way when this returns, until `finish`. Each warp adds its own 16 rows.
+    Each warp turns its own 16 rows in shared memory, and adds 256 bytes of one at a time: the L2 is
+    faster with whole lines than with the 32 bytes that four lanes of a product hold together.
 
     Args:
-        sums: GMEM i32 `[keys, columns]`.
-        rows: f32 `[64, columns]`, in layout `WGMMA`.
+        sums: GMEM i32 `[keys, 128]`.
+        rows: f32 `[64, 128]`, in layout `WGMMA`.
         keys: i32 `[64]`, by its rows; one outside `0 .. limit - 1` has no sum.
         per_one: f32 `[64]`, likewise, of each row's key.
         first_key: added to every key.
-        stage: one of those of `staging`, of this warpgroup alone: each in its turn.
-        stages: how many there are. Rows of all but one may be on their way while others follow.
+        stage: SMEM i32 `[64, 128]`, of this warpgroup alone.
         limit: see `keys`.
         interpret: whether to run the twin, which is of one CTA.
     """
@@ -134,7 +132,6 @@ def add_rows(
         _add_rows_twin(sums, rows, keys, per_one, first_key, limit)
         return
     row = plgpu.Layout.WGMMA.reduce(1)
-    columns = rows.shape[1]
 
     @plgpu.inline_mgpu(
         arg_types=(
@@ -152,71 +149,70 @@ def add_rows(
         i32 = ir.IntegerType.get_signless(32)
         lane = arith.remui(utils.thread_idx(), arith.constant(i32, LANES))
         place = llvm.ptrtoint(i32, utils.memref_ptr(stage))
-        _run(f"cp.async.bulk.wait_group.read {stages - 1}; bar.warp.sync 0xffffffff;", "")
-        # [columns / 8, 2 halves of a warp's 16 rows, 2 columns]
-        singles = singles.reshape(columns // 8, 2, 2)
+        _run("bar.warp.sync 0xffffffff;", "")
+        # [16 times 8 columns, 2 halves of a warp's 16 rows, 2 columns]
+        singles = singles.reshape(16, 2, 2)
         for half in range(2):
             values = [scalar(x) for x in singles[:, half].flat]
-            kinds = ",".join(["f"] * len(values) + ["f", "r", "r"])
-            _run(_put(half, columns), kinds, *values, per_one[half], lane, place)
+            kinds = ",".join(["f"] * 32 + ["f", "r", "r"])
+            _run(_put(half), kinds, *values, per_one[half], lane, place)
+        _run("bar.warp.sync 0xffffffff;", "")
         first = first_key.registers.item()
-        _run(_send(columns, limit), "r,r,r,r,r,l", *keys, first, lane, place, _address(sums))
+        _run(_add(limit), "r,r,r,r,r,l", *keys, first, lane, place, _address(sums))
 
     emit(sums, rows, keys, per_one, first_key, stage)
 
 
-def _put(half: int, columns: int) -> str:
-    """Integers to where a lane's row is staged; operands: values, per_one, lane, stage."""
-    factor, lane, stage = (f"${columns // 4 + i}" for i in range(3))
-    row_bytes = 4 * (columns + _APART)
+# A row of the stage is 64 words of 64 bits. Word 4 i + j is at 4 (i ^ r % 4) + j in row r: neither
+# the four words of each of eight rows nor all words of a row meet in a bank more than they must.
+
+
+def _put(half: int) -> str:
+    """Words to where a lane's row is staged; operands: 32 values, per_one, lane, stage."""
+    factor, lane, stage = "$32", "$33", "$34"
     lines = [
-        ".reg .b32 at, part, even, odd;",
-        f"shr.u32 part, {lane}, 5; shl.b32 part, part, 4;",  # 16 rows a warp
-        f"bfe.u32 at, {lane}, 2, 3; add.u32 at, at, part;",
-        f"mad.lo.u32 at, at, {row_bytes}, {stage};",
-        f"and.b32 part, {lane}, 3; mad.lo.u32 at, part, 8, at;",
+        ".reg .b32 at, row, part, lo, hi, at0, at1, at2, at3; .reg .b64 both;",
+        f"shr.u32 at, {lane}, 5; shl.b32 at, at, 4; bfe.u32 row, {lane}, 2, 3;",
+        f"add.u32 at, at, row; mad.lo.u32 at, at, 512, {stage};",
+        f"and.b32 part, {lane}, 3; mad.lo.u32 at, part, 8, at; and.b32 row, row, 3;",
     ]
-    for i in range(columns // 8):
-        for name, n in (("even", 2 * i), ("odd", 2 * i + 1)):
-            lines.append(f"fma.rn.f32 {name}, ${n}, {factor}, 0f{_ROUND:08X};")
-            lines.append(f"sub.s32 {name}, {name}, {_ROUND};")
-        lines.append(f"st.shared.v2.b32 [at + {8 * half * row_bytes + 32 * i}], {{even, odd}};")
+    for i in range(4):
+        lines.append(f"xor.b32 part, row, {i}; mad.lo.u32 at{i}, part, 32, at;")
+    for i in range(16):
+        lines += [
+            f"fma.rn.f32 lo, ${2 * i}, {factor}, 0f{_ROUND:08X};",
+            f"fma.rn.f32 hi, ${2 * i + 1}, {factor}, 0f{_ROUND:08X};",
+            # hi 2^32 + lo, of which each is its bits less those of 1.5 x 2^23
+            f"mov.b64 both, {{lo, hi}}; sub.s64 both, both, {_ROUND << 32 | _ROUND};",
+            f"st.shared.b64 [at{i % 4} + {4096 * half + 128 * (i // 4)}], both;",
+        ]
     return "{ " + "\n".join(lines) + " }"
 
 
-def _send(columns: int, limit: int) -> str:
-    """Additions under way; operands: keys of both halves, first key, lane, stage, sums.
+def _add(limit: int) -> str:
+    """A warp's rows, one after the other.
 
-    Two of the four lanes that hold a row's and its fellow's values send a row each.
+    Operands: the keys of rows r and r + 8 that lane 4 r holds, first key, lane, stage, sums.
     """
-    row_bytes = 4 * (columns + _APART)
-    return f"""{{
-        .reg .pred sends, second; .reg .b32 key, row, part; .reg .b64 to;
-        fence.proxy.async.shared::cta;
-        bar.warp.sync 0xffffffff;
-        and.b32 part, $3, 3;
-        setp.eq.u32 second, part, 1;
-        selp.b32 key, $1, $0, second;
-        setp.lt.u32 sends, part, 2;
-        setp.lt.and.u32 sends, key, {limit}, sends;
-        add.u32 key, key, $2;
-        mad.wide.u32 to, key, {4 * columns}, $5;
-        shr.u32 row, $3, 5;
-        shl.b32 row, row, 4;
-        mad.lo.u32 row, part, 8, row;
-        bfe.u32 part, $3, 2, 3;
-        add.u32 row, row, part;
-        mad.lo.u32 row, row, {row_bytes}, $4;
-        @sends cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32
-            [to], [row], {4 * columns};
-        cp.async.bulk.commit_group;
-    }}"""
-
-
-def finish(interpret: bool) -> None:
-    """Waits for what `add_rows` has under way."""
-    if not interpret:
-        plgpu.inline_mgpu()(lambda _: _run("cp.async.bulk.wait_group 0;", ""))()
+    lines = [
+        ".reg .pred in; .reg .b32 lane, at, key, at0, at1, at2, at3; .reg .b64 to, start, both;",
+        "and.b32 lane, $3, 31; shr.u32 at, $3, 5; mad.lo.u32 at, at, 8192, $4;",
+        "mad.wide.u32 start, lane, 8, $5;",
+    ]
+    for i in range(4):
+        lines.append(f"xor.b32 key, lane, {4 * i}; mad.lo.u32 at{i}, key, 8, at;")
+    for row in range(16):
+        lines += [
+            f"shfl.sync.idx.b32 key, ${row // 8}, {row % 8 * 4}, 31, 0xffffffff;",
+            f"setp.lt.u32 in, key, {limit}; add.u32 key, key, $2;",
+            "mad.wide.u32 to, key, 512, start;",
+        ]
+        for part in range(2):
+            lines += [
+                f"ld.shared.b64 both, [at{row % 4} + {512 * row + 256 * part}];",
+                f"@in red.relaxed.gpu.global.add.u64 [to + {256 * part}], both;",
+            ]
+    return "{ " + "\n".join(lines) + " }"
 
 
 def _run(code: str, constraints: str, *operands) -> None:
@@ -232,7 +228,9 @@ def _add_rows_twin(sums, rows, keys, per_one, first_key, limit) -> None:
         @pl.when((keys[r] >= 0) & (keys[r] < limit))
         def _():
             of = first_key + keys[r]
-            sums[of, :] = sums[of, :] + terms[r]
+            before = sums[of, :]
+            total = before + _borrowed(before) + terms[r]
+            sums[of, :] = total - _borrowed(total)
 
     lax.fori_loop(0, rows.shape[0], add, None)
 

@@ -9,15 +9,13 @@
     rows[t, k] = sum_i iw[t, i] x[k, i] iq[t, i]
 
 (relu(z) = z 1[z > 0], so diw needs no product of its own.) A row is what a query adds to dik of a
-selected key. It goes one of two ways: to the memory, in bf16, and the rows of a key are added up
-elsewhere; or to the key's sum in the L2, as integers (`hopper.fixed_point`). The memory is busy
-with the one, the L2's atomics with the other, so that both together are fastest. Three warpgroups:
+selected key. Where dik fits the L2, rows are added up there, as integers (`hopper.fixed_point`);
+else they are stored, in bf16, and the rows of a key are added up elsewhere. Three warpgroups:
 
     EVEN, ODD  a query each, its selected keys in tiles of 64
     LOADER     gathers the keys of both into a ring of each
 
-The products of one warpgroup run while the other masks, or writes out its rows. Where the sums fit
-the L2, ODD takes queries whose rows are added there, EVEN those whose rows are stored.
+The products of one warpgroup run while the other masks, or parts with its rows.
 
 SMEM at H = 128: 2 x 3 x 16,384 of rings, and of each warpgroup 16,384 of iq, 8,192 of x and 2 x
 16,384 of rows on their way out. Registers of a thread: EVEN and ODD 232 (64 of u, 64 of rows, 32 of
@@ -44,6 +42,8 @@ from pallas_kernels.sparse_attention.backward_shares import drain, next_slot
 
 HEADS = 64  # I
 KEYS = 64  # of a tile
+SLOTS = 3  # of a ring
+INDEX_SLOTS = SLOTS + 1  # of each warpgroup: refilled when the rows of its last tile have landed
 EVEN, ODD = _CONSUMERS = 0, 1
 _REGISTERS = 232, 232, 40  # of EVEN, ODD, LOADER
 
@@ -57,43 +57,18 @@ class _Plan:
     width: int  # H
     window: int  # queries of a call, at most
     total: int  # queries of all calls
-    stored: int  # queries of the window whose rows are stored, all or those that come first
     ctas: int
     interpret: bool
 
-    @property
-    def slots(self):
-        """Of a ring, and of what is on its way to the L2."""
-        return 3 if self.stored == self.window else 2
-
-    @property
-    def index_slots(self):
-        """Of each warpgroup: refilled when the rows of its last tile have landed."""
-        return self.slots + 1
-
-    def adds(self, role):
-        """Whether a warpgroup adds its rows up in the L2."""
-        return role == ODD and self.stored < self.window
-
-    def _start(self, role):
-        """Its first query of the window, and what lies between that and its next."""
-        cta = lax.axis_index("cta")
-        if self.stored < self.window:
-            return cta + role * self.stored, self.ctas
-        return 2 * cta + role, 2 * self.ctas
-
     def count(self, first, role):
         """How many queries of the window from `first` on fall to a warpgroup of this CTA."""
-        start, stride = self._start(role)
+        mine = lax.axis_index("cta") * 2 + role
         queries = jnp.minimum(self.window, self.total - first)
-        if role == EVEN:
-            queries = jnp.minimum(queries, self.stored)
-        return lax.div(jnp.maximum(queries - 1 - start + stride, 0), jnp.int32(stride))
+        return lax.div(queries - 1 - mine + 2 * self.ctas, jnp.int32(2 * self.ctas))
 
     def query(self, number, role):
         """Its so-many-th query, counted from the start of the window."""
-        start, stride = self._start(role)
-        return start + number * stride
+        return lax.axis_index("cta") * 2 + role + number * (2 * self.ctas)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +76,12 @@ class _Shared:
     """SMEM and barriers; of what both warpgroups have, that of EVEN comes first."""
 
     query: Any  # bf16 [2 x 64, H]: iq; diq in the end
-    ring: Any  # bf16 [2 x slots, 64, H]
-    slopes: Any  # f32 [2 x slots, 64]: d of the ring's keys
-    signs: Any  # i32 [2 x slots, 128]: which of their products are positive
+    ring: Any  # bf16 [2 x SLOTS, 64, H]
+    slopes: Any  # f32 [2 x SLOTS, 64]: d of the ring's keys
+    signs: Any  # i32 [2 x SLOTS, 128]: which of their products are positive
     masked: Any  # bf16 [2 x 64, 64]: x
-    out_tile: Any  # bf16 [2 x 2 or 2, 64, H]: rows on their way to the memory
-    stage: Any  # i32 [slots, ..] of `fixed_point.staging`: rows on their way to the L2
-    picked: Any  # i32 [2 x index slots + 1, 64]; the last row holds Landing's words
+    out_tile: Any  # bf16 [2 x 2, 64, H], rows on their way to the memory; or i32 [2, 64, H], sums'
+    picked: Any  # i32 [2 x INDEX_SLOTS + 1, 64]; the last row holds Landing's words
     picked_full: Any
     query_full: Any
     full: Any  # d and signs of the slot are there
@@ -125,17 +99,17 @@ def _load(plan: _Plan, first, ik, indices, d, positive, tiles, s: _Shared):
 
     def fill(role, query, count, j, state):
         slot, filled, index_slot = state
-        following = next_slot(index_slot, plan.index_slots)
-        at, index_at = role * plan.slots + slot, role * plan.index_slots + index_slot
+        following = next_slot(index_slot, INDEX_SLOTS)
+        at, index_at = role * SLOTS + slot, role * INDEX_SLOTS + index_slot
 
-        @pl.when(filled >= plan.slots)
+        @pl.when(filled >= SLOTS)
         def _():
             plgpu.barrier_wait(s.freed[role].at[slot])
 
         # What was there is no longer read: its rows have landed.
         @pl.when(j + 1 < count)
         def _():
-            fetch_indices(query, j + 1, role * plan.index_slots + following)
+            fetch_indices(query, j + 1, role * INDEX_SLOTS + following)
 
         some = pl.ds(j * KEYS, KEYS)
         plgpu.copy_gmem_to_smem(d.at[query, some], s.slopes.at[at], s.full.at[at])
@@ -153,7 +127,7 @@ def _load(plan: _Plan, first, ik, indices, d, positive, tiles, s: _Shared):
             columns=(0, plan.width),
             arrive=True,
         )
-        return next_slot(slot, plan.slots), filled + 1, following
+        return next_slot(slot, SLOTS), filled + 1, following
 
     def queries(number, states):
         mine = []
@@ -165,7 +139,7 @@ def _load(plan: _Plan, first, ik, indices, d, positive, tiles, s: _Shared):
 
             @pl.when(exists)
             def _(role=role, query=query):
-                fetch_indices(query, 0, role * plan.index_slots + states[role][2])
+                fetch_indices(query, 0, role * INDEX_SLOTS + states[role][2])
 
         def tile(j, states):
             return tuple(
@@ -183,10 +157,9 @@ def _load(plan: _Plan, first, ik, indices, d, positive, tiles, s: _Shared):
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
     start = ((zero, zero, zero),) * 2
-    longer = jnp.maximum(plan.count(first, EVEN), plan.count(first, ODD))
-    states = lax.fori_loop(0, longer, queries, start)
+    states = lax.fori_loop(0, plan.count(first, EVEN), queries, start)
     for role, (slot, filled, _) in enumerate(states):
-        drain(s.freed[role], slot, filled, plan.slots)
+        drain(s.freed[role], slot, filled, SLOTS)
 
 
 class _Added(NamedTuple):
@@ -206,7 +179,7 @@ def _target(plan: _Plan, query, j, into: _Added):
 
 
 def _multiply(
-    plan: _Plan, role: int, first, iq, iw, g, tiles, into: _Added, rows, diq, diw, s: _Shared
+    plan: _Plan, role: int, first, iq, iw, g, tiles, into: _Added | None, rows, diq, diw, s: _Shared
 ):
     """EVEN or ODD."""
     row, column = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
@@ -218,11 +191,9 @@ def _multiply(
 
     def tile(query, weight, factor, j, carry):
         u, slot, phases = carry
-        at = role * plan.slots + slot
+        at = role * SLOTS + slot
         keys = s.ring.at[at]
-        target = None
-        if plan.adds(role):
-            target = _target(plan, first + query, j, into)
+        target = None if into is None else _target(plan, first + query, j, into)
         plgpu.barrier_wait(s.full.at[at])
         slope = plgpu.load(s.slopes.at[at], layout=row, optimized=False)
         positive = plgpu.load(s.signs.at[at], layout=signs.WORDS)
@@ -243,9 +214,9 @@ def _multiply(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_tile, rows.at[query, pl.ds(j * KEYS, KEYS)])
         else:
-            options = {"stages": plan.slots, "limit": plan.rows, "interpret": plan.interpret}
-            fixed_point.add_rows(into.sums, added, *target, s.stage.at[slot], **options)
-        return u, next_slot(slot, plan.slots), Landing.next(at, phases)
+            options = {"limit": plan.rows, "interpret": plan.interpret}
+            fixed_point.add_rows(into.sums, added, *target, s.out_tile.at[role], **options)
+        return u, next_slot(slot, SLOTS), Landing.next(at, phases)
 
     def work_item(number, carry):
         query = plan.query(number, role)
@@ -270,17 +241,15 @@ def _multiply(
     plgpu.barrier_wait(s.started)
     lax.fori_loop(0, plan.count(first, role), work_item, (jnp.int32(0), jnp.int32(0)))
     plgpu.wait_smem_to_gmem(0)
-    if plan.adds(role):
-        fixed_point.finish(plan.interpret)
 
 
 def gradient(
     first, iq, ik, iw, d, positive, g, indices, tiles, per_one, sums, *,
-    queries, rows, window, stored, sms, interpret=None,
+    queries, rows, window, sms, interpret=None,
 ):  # fmt: skip
-    """`(rows bf16 [stored, K, H], diq bf16 [window, 64, H], diw f32 [window, 64])` of a window.
+    """`[rows bf16 [window, K, H], diq bf16 [window, 64, H], diw f32 [window, 64]]` of a window.
 
-    Rows are undefined in tiles without a key.
+    Rows are undefined in tiles without a key. With `sums` there are none: they are added to these.
 
     Args:
         first: i32 `[1]`, the first query of the window.
@@ -292,26 +261,22 @@ def gradient(
         g: f32 `[all queries]`, the gradient of kl.
         indices: i32 `[all queries, K]`, K a multiple of 64; S where no key is selected.
         tiles: i32 `[all queries]`, how many tiles of 64 hold a key, at least 1.
-        per_one: f32 `[batch x S]`, of `fixed_point.units`, for the rows that are not stored; None
-            if all are.
-        sums: a `jax.Ref`, i32 `[batch x S, H]`, to which these are added, or None.
+        per_one: f32 `[batch x S]`, of `fixed_point.units`; None without sums.
+        sums: a `jax.Ref`, i32 `[batch x S, H]`, or None.
         queries: T of a batch row.
         rows: S of a batch row.
         window: queries of the window; what lies past the last query is left as it is.
-        stored: how many of them have their rows stored: all, or those that come first.
         sms: CTAs.
         interpret: parameters of interpret mode, or None.
     """
     total, _, width = iq.shape
-    every = stored == window
     plan = _Plan(
         queries=queries,
         rows=rows,
         width=width,
         window=window,
         total=total,
-        stored=stored,
-        ctas=min(sms, pl.cdiv(window, 2) if every else max(stored, window - stored)),
+        ctas=min(sms, pl.cdiv(window, 2)),
         interpret=interpret is not None,
     )
 
@@ -319,8 +284,8 @@ def gradient(
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
     def assign(first, iq, ik, iw, d, positive, g, indices, tiles, *refs, **shared):
-        *into, rows, diq, diw = refs
-        into = _Added(*into, indices) if into else None
+        into = None if sums is None else _Added(*refs[:2], indices)
+        rows, diq, diw = [None, *refs][-3:]
         s, start = _Shared(**shared), first[0]
         multiply = functools.partial(_multiply, plan)
         return (
@@ -334,26 +299,30 @@ def gradient(
         assign,
         _REGISTERS,
         out_type=[
-            jax.ShapeDtypeStruct((stored, indices.shape[1], width), jnp.bfloat16),
+            *[jax.ShapeDtypeStruct((window, indices.shape[1], width), jnp.bfloat16)]
+            * (sums is None),
             jax.ShapeDtypeStruct((window, HEADS, width), jnp.bfloat16),
             jax.ShapeDtypeStruct((window, HEADS), jnp.float32),
         ],
         scratch_types={
             "query": tile(2 * HEADS, width),
-            "ring": tile(2 * plan.slots, KEYS, width),
-            "slopes": plgpu.SMEM((2 * plan.slots, KEYS), jnp.float32),
-            "signs": plgpu.SMEM((2 * plan.slots, LANES), jnp.int32),
+            "ring": tile(2 * SLOTS, KEYS, width),
+            "slopes": plgpu.SMEM((2 * SLOTS, KEYS), jnp.float32),
+            "signs": plgpu.SMEM((2 * SLOTS, LANES), jnp.int32),
             "masked": tile(2 * KEYS, HEADS),
-            "out_tile": tile(2 * 2 if every else 2, KEYS, width),
-            "stage": None if every else fixed_point.staging(plan.slots, width),
-            "picked": plgpu.SMEM((2 * plan.index_slots + 1, KEYS), jnp.int32),
-            "picked_full": plgpu.Barrier(num_barriers=2 * plan.index_slots),
+            "out_tile": (
+                tile(2 * 2, KEYS, width)
+                if sums is None
+                else plgpu.SMEM((2, KEYS, width), jnp.int32)
+            ),
+            "picked": plgpu.SMEM((2 * INDEX_SLOTS + 1, KEYS), jnp.int32),
+            "picked_full": plgpu.Barrier(num_barriers=2 * INDEX_SLOTS),
             "query_full": plgpu.Barrier(num_barriers=2),
-            "full": plgpu.Barrier(num_arrivals=2, num_barriers=2 * plan.slots),
-            "freed": [plgpu.Barrier(num_barriers=plan.slots) for _ in _CONSUMERS],
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=2 * SLOTS),
+            "freed": [plgpu.Barrier(num_barriers=SLOTS) for _ in _CONSUMERS],
             "started": plgpu.Barrier(),
         },
-        landing_slots=2 * plan.slots,
+        landing_slots=2 * SLOTS,
         grid={"cta": plan.ctas},
         interpret=interpret,
-    )(first, iq, ik, iw, d, positive, g, indices, tiles, *([] if every else [per_one, sums]))
+    )(first, iq, ik, iw, d, positive, g, indices, tiles, *([] if sums is None else [per_one, sums]))

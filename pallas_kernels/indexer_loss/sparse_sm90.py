@@ -176,27 +176,32 @@ def gradients(
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
     window = min(max(1, window), total, sparse_lists_sm90.max_window(d.shape[1]))
     window = -(-total // -(-total // window))  # windows of one size
-    plan = _Plan(queries, rows, batch * rows, window, stored(window, batch * rows * width), sms)
+    plan = _Plan(queries, rows, batch * rows, window, sms)
+    cached = in_cache(batch * rows * width)
     # The kernel writes all of it: nothing has to be there before.
-    sums = jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
+    sums = None if cached else jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
 
-    def step(added, first):
-        more, diq, diw = _gradients(plan, first, arrays, count, sums, interpret)
-        return added + more, (diq, diw)
+    def step(dik, first):
+        if sums is None:
+            more, diq, diw = _added(plan, first, arrays, interpret)
+            return dik + more, (diq, diw)
+        return dik, _stored(plan, first, arrays, count, sums, interpret)
 
     firsts = jnp.arange(0, total, window, dtype=jnp.int32)
+    nothing = vary_like(jnp.zeros((batch * rows, width) if cached else (), jnp.float32), residuals)
     if len(firsts) == 1:
-        added, results = step(0.0, firsts[0])
+        dik, results = step(nothing, firsts[0])
     else:
-        nothing = jnp.zeros((batch * rows, width) if plan.adds else (), jnp.float32)
-        added, results = lax.scan(step, vary_like(nothing, residuals), firsts)
+        dik, results = lax.scan(step, nothing, firsts)
+    if sums is not None:
+        dik = jax.freeze(sums).sum(axis=0)[: batch * rows]
     # The kernels do not tell over which mesh axes their results vary.
-    dik, results = vary_like((jax.freeze(sums).sum(axis=0), results), residuals)
+    dik, results = vary_like((dik, results), residuals)
     diq, diw = (
         x.reshape(-1, *like.shape[2:])[:total].reshape(like.shape)
         for x, like in zip(results, (iq, iw), strict=True)
     )
-    return diq, (dik[: batch * rows] + added).reshape(ik.shape).astype(dik_dtype), diw
+    return diq, dik.reshape(ik.shape).astype(dik_dtype), diw
 
 
 class _Plan(NamedTuple):
@@ -206,47 +211,48 @@ class _Plan(NamedTuple):
     rows: int  # S, of one batch row
     keys: int  # of all batch rows
     window: int  # queries of it
-    stored: int  # of them those whose rows are stored: all, or those that come first
     sms: int
 
-    @property
-    def adds(self) -> bool:
-        """Whether the rows of some queries are added up in the L2."""
-        return self.stored < self.window
+    def sizes(self, interpret):
+        """For the kernel."""
+        some = {"queries": self.queries, "rows": self.rows, "window": self.window}
+        return {**some, "sms": self.sms, "interpret": interpret}
 
 
-def stored(window: int, size: int) -> int:
-    """Of how many queries of a window the rows are stored, given how many numbers dik has."""
-    return -(-window // 2) if 4 * size <= CACHE_BYTES else window
+def in_cache(size: int) -> bool:
+    """Whether so many sums stay in the L2 while rows are added to them."""
+    return 4 * size <= CACHE_BYTES
 
 
-def _gradients(plan: _Plan, first, arrays, count, sums, interpret):
-    """`(dik of the rows that were not stored, diq, diw)` of a window; adds the others to `sums`."""
-    sizes = {"queries": plan.queries, "rows": plan.rows}
-    start, into, per_one, one = first.reshape(1), None, None, None
-    if plan.adds:
-        others = plan.window - plan.stored
-        largest = _largest(first + plan.stored, others, arrays, plan)
-        per_one, one = fixed_point.units(largest, others)
-        into = jax.new_ref(jnp.zeros((plan.keys, arrays[0].shape[-1]), jnp.int32))
-    added, diq, diw = sparse_gradient_sm90.gradient(
-        start, *arrays, per_one, into,
-        window=plan.window, stored=plan.stored, sms=plan.sms, interpret=interpret, **sizes,
-    )  # fmt: skip
+def _added(plan: _Plan, first, arrays, interpret):
+    """`(dik f32 [batch x S, H], diq, diw)` of a window."""
+    per_one, one = fixed_point.units(_largest(first, arrays, plan), plan.window)
+    sums = jax.new_ref(jnp.zeros((plan.keys, arrays[0].shape[-1]), jnp.int32))
+    diq, diw = sparse_gradient_sm90.gradient(
+        first.reshape(1), *arrays, per_one, sums, **plan.sizes(interpret)
+    )
+    return fixed_point.to_floats(jax.freeze(sums), one), diq, diw
+
+
+def _stored(plan: _Plan, first, arrays, count, sums, interpret):
+    """`(diq, diw)` of a window; adds its part of dik to `sums`."""
+    first, sizes = first.reshape(1), plan.sizes(interpret)
+    rows, *results = sparse_gradient_sm90.gradient(first, *arrays, None, None, **sizes)
+    del sizes["sms"], sizes["interpret"]
     blocks = sums.shape[1] // BLOCK
-    lists = _lists(start, count, arrays[-2], interpret, window=plan.stored, blocks=blocks, **sizes)
-    added = added.reshape(-1, added.shape[-1])
-    sparse_sums_sm90.sum_rows(start, added, *lists, sums, sms=plan.sms, interpret=interpret)
-    return fixed_point.to_floats(jax.freeze(into), one) if plan.adds else 0.0, diq, diw
+    lists = _lists(first, count, arrays[-2], interpret, **sizes, blocks=blocks)
+    rows = rows.reshape(-1, rows.shape[-1])
+    sparse_sums_sm90.sum_rows(first, rows, *lists, sums, sms=plan.sms, interpret=interpret)
+    return tuple(results)
 
 
-def _largest(first, count: int, arrays, plan: _Plan):
-    """A bound on what any of so many queries adds to each key, f32 `[batch x S]`."""
+def _largest(first, arrays, plan: _Plan):
+    """A bound on what any query of a window adds to each key, f32 `[batch x S]`."""
     iq, _, iw, d, _, g, indices, _ = arrays
     # Where so many do not follow, others before them are looked at, too.
     numbers = jnp.arange(len(iq), dtype=jnp.int32)
     iq, iw, d, g, indices, numbers = (
-        lax.dynamic_slice_in_dim(x, first, count) for x in (iq, iw, d, g, indices, numbers)
+        lax.dynamic_slice_in_dim(x, first, plan.window) for x in (iq, iw, d, g, indices, numbers)
     )
     heads = (jnp.abs(iw)[..., None] * jnp.abs(iq)).sum(axis=1).max(axis=1)
     # More than the products' factors gain as they are rounded to bf16.

@@ -55,7 +55,7 @@ def test_sums():
                 some = plgpu.load(rows.at[tile], layout=plgpu.Layout.WGMMA, optimized=False)
                 key = plgpu.load(picked.at[tile], layout=ROW, optimized=False)
                 factor = fixed_point.look_up(per_one, key + first, True)
-                options = {"stages": 1, "limit": keys, "interpret": True}
+                options = {"limit": keys, "interpret": True}
                 fixed_point.add_rows(sums, some, key, factor, jnp.int32(first), None, **options)
 
         sums = jax.new_ref(jnp.zeros((first + keys, 128), jnp.int32))

@@ -54,7 +54,7 @@ def arguments(batch, queries, keys, heads, selected, width=64, index_width=64, i
     return iq, ik, iw, q, kv, lse, indices
 
 
-def test_value_and_gradient():
+def test_value_and_gradient(monkeypatch):
     """Heads and selected keys that are no whole tiles, two windows, every slot filled again.
 
     Six queries on four CTAs: two are divided.
@@ -66,20 +66,22 @@ def test_value_and_gradient():
     assert no_races()
     g = normal(np.random.default_rng(1), 2, 3, dtype=jnp.float32)
     residuals = sparse_sm90.Residuals(iq, ik, iw, *rest)
-    # Not jitted: two interpreted kernels in one program wait for each other.
-    found = sparse_sm90.gradients(residuals, g, window=5, sms=1, interpret=interpret())
-    assert no_races()
     exact = oracle.indexer_kl_sparse(iq, ik, iw, q, kv, indices, scale=SCALE)
     # fp32 sums of terms as large as a few nats; the attention's lse, too, is fp32.
     np.testing.assert_allclose(kl, exact, rtol=3e-6, atol=3e-6)
     assert (np.asarray(kl) == 0).sum() == 2  # those with one key or none
     wide = [x.astype(jnp.float32) for x in (iq, ik, iw, q, kv)]
     want = reference.sparse_backward((*wide, lse, indices), g, scale=SCALE, workspace_bytes=2**28)
-    for gradient, expected, value in zip(found, want, (iq, ik, iw), strict=True):
-        assert gradient.dtype == value.dtype
-        gradient, expected = np.asarray(gradient, np.float64), np.asarray(expected, np.float64)
-        # d, the masked products, the rows and the results are rounded to bf16 (2**-9 of each).
-        assert np.linalg.norm(gradient - expected) / np.linalg.norm(expected) < 6e-3
+    for cached in (True, False):  # rows are added up in the L2, or stored
+        monkeypatch.setattr(sparse_sm90, "in_cache", lambda size, cached=cached: cached)
+        # Not jitted: two interpreted kernels in one program wait for each other.
+        found = sparse_sm90.gradients(residuals, g, window=5, sms=1, interpret=interpret())
+        assert no_races()
+        for gradient, expected, value in zip(found, want, (iq, ik, iw), strict=True):
+            assert gradient.dtype == value.dtype
+            gradient, expected = np.asarray(gradient, np.float64), np.asarray(expected, np.float64)
+            # d, the masked products, the rows and the results are rounded to bf16 (2**-9 of each).
+            assert np.linalg.norm(gradient - expected) / np.linalg.norm(expected) < 6e-3
 
 
 @pytest.mark.parametrize(("heads", "width"), [(16, 320), (128, 192)])

@@ -37,15 +37,15 @@ _MIN_EXPONENT = -80  # smaller terms than 2^-80 are 0: the inverse of a unit has
 
 
 def units(largest, terms: int):
-    """Of each key how many units make 1, a power of two; 0 where no term can be told from 0.
+    """How many of its units make 1, a power of two, and how large one is; for each key.
 
     Args:
         largest: f32 `[keys]`, a bound on the absolute values of a key's terms.
         terms: how many a key has, at most; up to 2^24.
 
     Returns:
-        `(per_one, one)`, f32 `[keys]`: terms are multiplied by the first, sums by the second, which
-        is NaN where the bound is not finite.
+        `(per_one, one)`, f32 `[keys]`: terms are multiplied by the first, sums by the second. Where
+        the bound is not finite they are 0 and NaN, and so is the sum.
     """
     bits = min(_MAX_BITS, 30 - (terms - 1).bit_length())
     _, exponent = jnp.frexp(largest)  # largest < 2**exponent

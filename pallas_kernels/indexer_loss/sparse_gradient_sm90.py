@@ -193,7 +193,7 @@ def _multiply(
         u, slot, phases = carry
         at = role * SLOTS + slot
         keys = s.ring.at[at]
-        target = None if into is None else _target(plan, first + query, j, into)
+        target = () if into is None else _target(plan, first + query, j, into)
         plgpu.barrier_wait(s.full.at[at])
         slope = plgpu.load(s.slopes.at[at], layout=row, optimized=False)
         positive = plgpu.load(s.signs.at[at], layout=signs.WORDS)
@@ -204,11 +204,11 @@ def _multiply(
         wait = functools.partial(s.landing.wait, at, phases)
         products = [Product(1, weighed, own), wait, Product(0, masked.T, keys)]
         u, added = multiply_add([u, zeros(plan.width)], products, plan.interpret)
-        if target is None:
+        if into is None:
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
         plgpu.barrier_arrive(s.freed[role].at[slot])
-        if target is None:
+        if into is None:
             out_tile = s.out_tile.at[2 * role + lax.rem(j, jnp.int32(2))]
             out_tile[...] = added.astype(jnp.bfloat16)
             plgpu.commit_smem()
@@ -244,8 +244,8 @@ def _multiply(
 
 
 def gradient(
-    first, iq, ik, iw, d, positive, g, indices, tiles, per_one, sums, *,
-    queries, rows, window, sms, interpret=None,
+    first, iq, ik, iw, d, positive, g, indices, tiles, *,
+    queries, rows, window, sms, per_one=None, sums=None, interpret=None,
 ):  # fmt: skip
     """`[rows bf16 [window, K, H], diq bf16 [window, 64, H], diw f32 [window, 64]]` of a window.
 
@@ -261,12 +261,12 @@ def gradient(
         g: f32 `[all queries]`, the gradient of kl.
         indices: i32 `[all queries, K]`, K a multiple of 64; S where no key is selected.
         tiles: i32 `[all queries]`, how many tiles of 64 hold a key, at least 1.
-        per_one: f32 `[batch x S]`, of `fixed_point.units`; None without sums.
-        sums: a `jax.Ref`, i32 `[batch x S, H]`, or None.
         queries: T of a batch row.
         rows: S of a batch row.
         window: queries of the window; what lies past the last query is left as it is.
         sms: CTAs.
+        per_one: f32 `[batch x S]`, of `fixed_point.units`; None without sums.
+        sums: a `jax.Ref`, i32 `[batch x S, H]`, or None.
         interpret: parameters of interpret mode, or None.
     """
     total, _, width = iq.shape

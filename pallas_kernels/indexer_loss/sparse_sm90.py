@@ -229,7 +229,7 @@ def _added(plan: _Plan, first, arrays, interpret):
     per_one, one = fixed_point.units(_largest(first, arrays, plan), plan.window)
     sums = jax.new_ref(jnp.zeros((plan.keys, arrays[0].shape[-1]), jnp.int32))
     diq, diw = sparse_gradient_sm90.gradient(
-        first.reshape(1), *arrays, per_one, sums, **plan.sizes(interpret)
+        first.reshape(1), *arrays, per_one=per_one, sums=sums, **plan.sizes(interpret)
     )
     return fixed_point.to_floats(jax.freeze(sums), one), diq, diw
 
@@ -237,7 +237,7 @@ def _added(plan: _Plan, first, arrays, interpret):
 def _stored(plan: _Plan, first, arrays, count, sums, interpret):
     """`(diq, diw)` of a window; adds its part of dik to `sums`."""
     first, sizes = first.reshape(1), plan.sizes(interpret)
-    rows, *results = sparse_gradient_sm90.gradient(first, *arrays, None, None, **sizes)
+    rows, *results = sparse_gradient_sm90.gradient(first, *arrays, **sizes)
     del sizes["sms"], sizes["interpret"]
     blocks = sums.shape[1] // BLOCK
     lists = _lists(first, count, arrays[-2], interpret, **sizes, blocks=blocks)

@@ -15,7 +15,7 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 def test_units(terms):
     """Integers as large as can be, of which no sum overflows."""
     rng = np.random.default_rng()
-    largest = np.float32(10.0 ** rng.uniform(-20, 38, 1000))
+    largest = (10.0 ** rng.uniform(-20, 38, 1000)).astype(np.float32)
     largest[:3] = 0.5, 1.0, np.nextafter(np.float32(1), np.float32(2))
     per_one, one = fixed_point.units(jnp.asarray(largest), terms)
     np.testing.assert_array_equal(per_one * one, np.ones(1000))

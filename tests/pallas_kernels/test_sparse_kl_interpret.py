@@ -133,6 +133,35 @@ def test_lists(first):
     assert (entries >= 0).sum() == counts[first : first + 4].sum()
 
 
+@pytest.mark.parametrize("first", [0, 3])
+def test_bounds_of_rows(first):
+    """No row of a query of the window is larger than its key's bound, nor much smaller than all."""
+    rng = np.random.default_rng()
+    batch, queries, keys, selected, window = 2, 3, 50, 64, 3
+    total = batch * queries
+    iq, iw = normal(rng, total, 64, 128), normal(rng, total, 64, dtype=jnp.float32)
+    d, g = normal(rng, total, selected, dtype=jnp.float32), np.float32([0, 1e-9, 1, 1e9, -1, 1e30])
+    indices = np.full((total, selected), keys, np.int32)
+    for row, count in enumerate([40, 3, 50, 20, 0, 1]):
+        indices[row, :count] = np.sort(rng.choice(keys, count, replace=False))
+    d = jnp.where(indices < keys, d, 0.0)
+    if first == 0:
+        g[0] = np.nan  # of a query with fewer keys than slots
+    arrays = iq, None, iw, d, None, jnp.asarray(g), jnp.asarray(indices), None
+    plan = sparse_sm90._Plan(queries, keys, batch * keys, window, 132)
+    found = np.asarray(sparse_sm90._largest(jnp.int32(first), arrays, plan))
+    want = np.zeros(batch * keys)
+    weights = (np.abs(iw)[..., None] * np.abs(np.float32(iq))).sum(axis=1).max(axis=1)
+    for t in range(first, first + window):
+        for k, s in enumerate(indices[t][indices[t] < keys]):
+            key = t // queries * keys + s
+            bound = np.abs(np.float64(g[t]) * d[t, k]) * weights[t]
+            want[key] = np.maximum(want[key], bound)  # NaN stays
+    if first == 0:
+        assert np.isnan(want).sum() == 40
+    np.testing.assert_allclose(found, want * (1 + 2**-6), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [

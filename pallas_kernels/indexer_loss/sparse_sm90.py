@@ -2,12 +2,16 @@
 
     sparse_pairs_sm90      of every query and selected key the attention's mass and the score
     here, in XLA           kl, and d = softmax(score) - p
-    sparse_gradient_sm90   from g d the gradients of iq and iw, and a row for every pair
-    sparse_lists_sm90      which pairs belong to which keys
-    sparse_sums_sm90       dik: the rows of each key added up in fp32, in the order of the queries
+    sparse_gradient_sm90   from g d the gradients of iq and iw, and of dik a row for every pair
 
-The forward keeps d, as large as the selection, for the backward: so the target, which costs most,
-is built once. The rows, in bf16, exist for a window of queries at a time.
+Where dik fits the L2, that kernel adds up the rows there, as integers: their sums have no order.
+Elsewhere rows are stored, in bf16, for a window of queries at a time, and
+
+    sparse_lists_sm90      lists which pairs belong to which keys
+    sparse_sums_sm90       adds up the rows of each key in fp32, in the order of the queries
+
+The forward keeps d and the signs of the indexer's products, three times as large as the selection,
+for the backward: so the target, which costs most, is built once.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from pallas_kernels.tiling import vary_like
 KEYS = 64  # of a tile
 HEADS = 128  # of the attention, that one call takes
 INDEX_HEADS = 64
-# A window costs a pass over dik in fp32 and the ends of two kernels, so that few are better.
+# A window costs passes over dik in fp32 and the ends of its kernels, so that few are better.
 WORKSPACE_BYTES = 9 * 2**28
 CACHE_BYTES = 2**25  # of sums that stay in the L2 of 50 MB while other things pass through it
 

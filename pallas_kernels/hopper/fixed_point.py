@@ -49,7 +49,7 @@ def units(largest, terms: int):
     """
     bits = min(_MAX_BITS, 30 - (terms - 1).bit_length())
     _, exponent = jnp.frexp(largest)  # largest < 2**exponent
-    exponent = jnp.maximum(exponent, _MIN_EXPONENT)
+    exponent = jnp.clip(exponent, min=_MIN_EXPONENT)
     finite = jnp.isfinite(largest)
     per_one = jnp.where(finite, _power(bits - exponent), 0.0)
     return per_one, jnp.where(finite, _power(exponent - bits), jnp.nan)

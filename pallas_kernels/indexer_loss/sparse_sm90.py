@@ -264,7 +264,8 @@ def _largest(first, arrays, plan: _Plan):
     keys = indices + (numbers // plan.queries * plan.rows)[:, None]
     keys = jnp.where(indices < plan.rows, keys, plan.keys)
     bits = lax.bitcast_convert_type(bound, jnp.int32)  # they rise as the floats do, NaN above all
-    found = jnp.zeros((plan.keys,), jnp.int32).at[keys].max(bits, mode="drop")
+    found = vary_like(jnp.zeros((plan.keys,), jnp.int32), bits)
+    found = found.at[keys].max(bits, mode="drop")
     return lax.bitcast_convert_type(found, jnp.float32)
 
 

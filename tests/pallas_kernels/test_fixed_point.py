@@ -27,7 +27,7 @@ def test_units(terms):
 
 
 def test_units_of_no_numbers():
-    largest = jnp.asarray([0.0, 1e-40, jnp.inf, jnp.nan])
+    largest = jnp.asarray([0.0, 1e-37, jnp.inf, jnp.nan])
     per_one, one = fixed_point.units(largest, 100)
     assert jnp.isfinite(per_one).all()
     assert (per_one[2:] == 0).all()

@@ -140,7 +140,8 @@ def test_bounds_of_rows(first):
     batch, queries, keys, selected, window = 2, 3, 50, 64, 3
     total = batch * queries
     iq, iw = normal(rng, total, 64, 128), normal(rng, total, 64, dtype=jnp.float32)
-    d, g = normal(rng, total, selected, dtype=jnp.float32), np.float32([0, 1e-9, 1, 1e9, -1, 1e30])
+    d = normal(rng, total, selected, dtype=jnp.float32)
+    g = np.array([0, 1e-9, 1, 1e9, -1, 1e30], np.float32)
     indices = np.full((total, selected), keys, np.int32)
     for row, count in enumerate([40, 3, 50, 20, 0, 1]):
         indices[row, :count] = np.sort(rng.choice(keys, count, replace=False))

@@ -9,12 +9,13 @@
     rows[t, k] = sum_i iw[t, i] x[k, i] iq[t, i]
 
 (relu(z) = z 1[z > 0], so diw needs no product of its own.) A row is what a query adds to dik of a
-selected key; the rows of a key are added up elsewhere. Three warpgroups:
+selected key. Where dik fits the L2, rows are added up there, as integers (`hopper.fixed_point`);
+else they are stored, in bf16, and the rows of a key are added up elsewhere. Three warpgroups:
 
     EVEN, ODD  a query each, its selected keys in tiles of 64
     LOADER     gathers the keys of both into a ring of each
 
-The products of one warpgroup run while the other masks, or writes out its rows.
+The products of one warpgroup run while the other masks, or parts with its rows.
 
 SMEM at H = 128: 2 x 3 x 16,384 of rings, and of each warpgroup 16,384 of iq, 8,192 of x and 2 x
 16,384 of rows on their way out. Registers of a thread: EVEN and ODD 232 (64 of u, 64 of rows, 32 of
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import roles
-from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
+from pallas_kernels.hopper import fixed_point, roles, signs
+from pallas_kernels.hopper.gather import LANES, Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import SWIZZLED
-from pallas_kernels.hopper.wgmma import Product, multiply, multiply_add
+from pallas_kernels.hopper.wgmma import Product, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import drain, next_slot
 
 HEADS = 64  # I
@@ -77,18 +78,19 @@ class _Shared:
     query: Any  # bf16 [2 x 64, H]: iq; diq in the end
     ring: Any  # bf16 [2 x SLOTS, 64, H]
     slopes: Any  # f32 [2 x SLOTS, 64]: d of the ring's keys
+    signs: Any  # i32 [2 x SLOTS, 128]: which of their products are positive
     masked: Any  # bf16 [2 x 64, 64]: x
-    out_tile: Any  # bf16 [2 x 2, 64, H]: rows on their way out
+    out_tile: Any  # bf16 [2 x 2, 64, H], rows on their way to the memory; or i32 [2, 64, H], sums'
     picked: Any  # i32 [2 x INDEX_SLOTS + 1, 64]; the last row holds Landing's words
     picked_full: Any
     query_full: Any
-    full: Any  # d of the slot is there
+    full: Any  # d and signs of the slot are there
     freed: list[Any]  # and no longer needed, nor the keys
     started: Any
     landing: Landing
 
 
-def _load(plan: _Plan, first, ik, indices, d, tiles, s: _Shared):
+def _load(plan: _Plan, first, ik, indices, d, positive, tiles, s: _Shared):
     """LOADER."""
 
     def fetch_indices(query, tile, at):
@@ -111,6 +113,7 @@ def _load(plan: _Plan, first, ik, indices, d, tiles, s: _Shared):
 
         some = pl.ds(j * KEYS, KEYS)
         plgpu.copy_gmem_to_smem(d.at[query, some], s.slopes.at[at], s.full.at[at])
+        plgpu.copy_gmem_to_smem(positive.at[query, j], s.signs.at[at], s.full.at[at])
         plgpu.barrier_wait(s.picked_full.at[index_at])
         gather_rows(
             ik,
@@ -159,7 +162,25 @@ def _load(plan: _Plan, first, ik, indices, d, tiles, s: _Shared):
         drain(s.freed[role], slot, filled, SLOTS)
 
 
-def _multiply(plan: _Plan, role: int, first, iq, iw, g, tiles, rows, diq, diw, s: _Shared):
+class _Added(NamedTuple):
+    """What it takes to add rows up in the L2."""
+
+    per_one: Any  # f32 [batch x S]: of `fixed_point.units`
+    sums: Any  # i32 [batch x S, H]
+    indices: Any  # i32 [all queries, K]
+
+
+def _target(plan: _Plan, query, j, into: _Added):
+    """`(keys, what makes a term an integer, first key)` of a tile's rows."""
+    picked = into.indices.at[query, pl.ds(j * KEYS, KEYS)]
+    keys = plgpu.load(picked, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    first = lax.div(query, jnp.int32(plan.queries)) * plan.rows
+    return keys, fixed_point.look_up(into.per_one, keys + first, plan.interpret), first
+
+
+def _multiply(
+    plan: _Plan, role: int, first, iq, iw, g, tiles, into: _Added | None, rows, diq, diw, s: _Shared
+):
     """EVEN or ODD."""
     row, column = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
     mine = pl.ds(role * HEADS, HEADS)
@@ -172,24 +193,29 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, g, tiles, rows, diq, diw, s
         u, slot, phases = carry
         at = role * SLOTS + slot
         keys = s.ring.at[at]
-        wait = functools.partial(s.landing.wait, at, phases)
-        dots = multiply((KEYS, HEADS), [wait, (keys, own.T)], plan.interpret)
+        target = () if into is None else _target(plan, first + query, j, into)
         plgpu.barrier_wait(s.full.at[at])
         slope = plgpu.load(s.slopes.at[at], layout=row, optimized=False)
-        slope = lax.broadcast_in_dim(slope * factor, dots.shape, [0])
-        x = jnp.where(dots > 0, slope, 0.0)
+        positive = plgpu.load(s.signs.at[at], layout=signs.WORDS)
+        x = signs.where_positive(positive, slope * factor, plan.interpret)
         masked[...] = x.astype(jnp.bfloat16)
         weighed = (x * lax.broadcast_in_dim(weight, x.shape, [1])).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        products = [Product(1, weighed, own), Product(0, masked.T, keys)]
+        wait = functools.partial(s.landing.wait, at, phases)
+        products = [Product(1, weighed, own), wait, Product(0, masked.T, keys)]
         u, added = multiply_add([u, zeros(plan.width)], products, plan.interpret)
-        out_tile = s.out_tile.at[2 * role + lax.rem(j, jnp.int32(2))]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        if into is None:
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
         plgpu.barrier_arrive(s.freed[role].at[slot])
-        out_tile[...] = added.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_tile, rows.at[query, pl.ds(j * KEYS, KEYS)])
+        if into is None:
+            out_tile = s.out_tile.at[2 * role + lax.rem(j, jnp.int32(2))]
+            out_tile[...] = added.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_tile, rows.at[query, pl.ds(j * KEYS, KEYS)])
+        else:
+            options = {"limit": plan.rows, "interpret": plan.interpret}
+            fixed_point.add_rows(into.sums, added, *target, s.out_tile.at[role], **options)
         return u, next_slot(slot, SLOTS), Landing.next(at, phases)
 
     def work_item(number, carry):
@@ -218,11 +244,12 @@ def _multiply(plan: _Plan, role: int, first, iq, iw, g, tiles, rows, diq, diw, s
 
 
 def gradient(
-    first, iq, ik, iw, d, g, indices, tiles, *, window, queries, rows, sms, interpret=None
-):
-    """`(rows bf16 [window, K, H], diq bf16 [window, 64, H], diw f32 [window, 64])` of a window.
+    first, iq, ik, iw, d, positive, g, indices, tiles, *,
+    queries, rows, window, sms, per_one=None, sums=None, interpret=None,
+):  # fmt: skip
+    """`[rows bf16 [window, K, H], diq bf16 [window, 64, H], diw f32 [window, 64]]` of a window.
 
-    Rows are undefined in tiles without a key.
+    Rows are undefined in tiles without a key. With `sums` there are none: they are added to these.
 
     Args:
         first: i32 `[1]`, the first query of the window.
@@ -230,13 +257,16 @@ def gradient(
         ik: bf16 `[batch x S, H]`.
         iw: f32 `[all queries, 64]`.
         d: f32 `[all queries, K]`, the gradient of kl for the scores; 0 where no key is selected.
+        positive: i32 `[all queries, K / 64, 128]`, from `sparse_pairs_sm90.pairs`.
         g: f32 `[all queries]`, the gradient of kl.
-        indices: i32 `[all queries, K]`, K a multiple of 64.
+        indices: i32 `[all queries, K]`, K a multiple of 64; S where no key is selected.
         tiles: i32 `[all queries]`, how many tiles of 64 hold a key, at least 1.
-        window: queries of the window; what lies past the last query is left as it is.
         queries: T of a batch row.
         rows: S of a batch row.
+        window: queries of the window; what lies past the last query is left as it is.
         sms: CTAs.
+        per_one: f32 `[batch x S]`, of `fixed_point.units`; None without sums.
+        sums: a `jax.Ref`, i32 `[batch x S, H]`, or None.
         interpret: parameters of interpret mode, or None.
     """
     total, _, width = iq.shape
@@ -253,13 +283,15 @@ def gradient(
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
-    def assign(first, iq, ik, iw, d, g, indices, tiles, rows, diq, diw, **shared):
+    def assign(first, iq, ik, iw, d, positive, g, indices, tiles, *refs, **shared):
+        into = None if sums is None else _Added(*refs[:2], indices)
+        rows, diq, diw = [None, *refs][-3:]
         s, start = _Shared(**shared), first[0]
         multiply = functools.partial(_multiply, plan)
         return (
-            lambda: multiply(EVEN, start, iq, iw, g, tiles, rows, diq, diw, s),
-            lambda: multiply(ODD, start, iq, iw, g, tiles, rows, diq, diw, s),
-            lambda: _load(plan, start, ik, indices, d, tiles, s),
+            lambda: multiply(EVEN, start, iq, iw, g, tiles, into, rows, diq, diw, s),
+            lambda: multiply(ODD, start, iq, iw, g, tiles, into, rows, diq, diw, s),
+            lambda: _load(plan, start, ik, indices, d, positive, tiles, s),
         )
 
     return roles.kernel(
@@ -267,7 +299,8 @@ def gradient(
         assign,
         _REGISTERS,
         out_type=[
-            jax.ShapeDtypeStruct((window, indices.shape[1], width), jnp.bfloat16),
+            *[jax.ShapeDtypeStruct((window, indices.shape[1], width), jnp.bfloat16)]
+            * (sums is None),
             jax.ShapeDtypeStruct((window, HEADS, width), jnp.bfloat16),
             jax.ShapeDtypeStruct((window, HEADS), jnp.float32),
         ],
@@ -275,16 +308,21 @@ def gradient(
             "query": tile(2 * HEADS, width),
             "ring": tile(2 * SLOTS, KEYS, width),
             "slopes": plgpu.SMEM((2 * SLOTS, KEYS), jnp.float32),
+            "signs": plgpu.SMEM((2 * SLOTS, LANES), jnp.int32),
             "masked": tile(2 * KEYS, HEADS),
-            "out_tile": tile(2 * 2, KEYS, width),
+            "out_tile": (
+                tile(2 * 2, KEYS, width)
+                if sums is None
+                else plgpu.SMEM((2, KEYS, width), jnp.int32)
+            ),
             "picked": plgpu.SMEM((2 * INDEX_SLOTS + 1, KEYS), jnp.int32),
             "picked_full": plgpu.Barrier(num_barriers=2 * INDEX_SLOTS),
             "query_full": plgpu.Barrier(num_barriers=2),
-            "full": plgpu.Barrier(num_barriers=2 * SLOTS),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=2 * SLOTS),
             "freed": [plgpu.Barrier(num_barriers=SLOTS) for _ in _CONSUMERS],
             "started": plgpu.Barrier(),
         },
         landing_slots=2 * SLOTS,
         grid={"cta": plan.ctas},
         interpret=interpret,
-    )(first, iq, ik, iw, d, g, indices, tiles)
+    )(first, iq, ik, iw, d, positive, g, indices, tiles, *([] if sums is None else [per_one, sums]))

@@ -6,6 +6,8 @@
     mass[t, k]  = sum_n exp(scale q[t, n] . kv[s] - lse[t, n])        s = indices[t, k]
     score[t, k] = sum_i iw[t, i] relu(iq[t, i] . ik[s])
 
+and, for the gradient, which of the products of score are positive: a bit each.
+
 A CTA works through queries for its whole life. The gathered keys are the 64 rows of a product, all
 heads of the query its columns: so a key is gathered once, and the sum over heads stays within the
 registers of the four lanes that share a row. Three warpgroups:
@@ -32,8 +34,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import roles
-from pallas_kernels.hopper.gather import Landing, gather_rows
+from pallas_kernels.hopper import roles, signs
+from pallas_kernels.hopper.gather import LANES, Landing, gather_rows
 from pallas_kernels.hopper.tiles import LOG2E, SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import drain, next_slot, strided_loop
@@ -235,7 +237,7 @@ def _products(plan: _Plan, number, first, last, phases, s: _Shared):
     return found, index_found, phases
 
 
-def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, s: _Shared):
+def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, positive, s: _Shared):
     """EVEN or ODD. `lse` is in base 2."""
     column = plgpu.Layout.WGMMA.reduce(0)
 
@@ -250,6 +252,8 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, s: _Shared):
         mass.at[query, some][...] = found
         found = (jnp.maximum(index_dots, 0.0) * over_heads(weight)).sum(axis=1)
         scores.at[query, some][...] = found
+        if positive is not None:
+            positive.at[query, first + j][...] = signs.pack(index_dots, plan.interpret)
         return phases
 
     def work_item(query, first, count, before, phases):
@@ -273,8 +277,14 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, s: _Shared):
     plan.for_each_part(tiles, work_item, jnp.int32(0))
 
 
-def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, interpret=None):
-    """`(mass, score)`, f32 `[all queries, K]`; undefined where no key is selected.
+def pairs(
+    q, iq, kv, ik, lse, iw, indices, tiles, *,
+    queries, rows, scale, sms, keep_signs, interpret=None,
+):  # fmt: skip
+    """`[mass, score]`, f32 `[all queries, K]`; undefined where no key is selected.
+
+    Then, if asked for, i32 `[all queries, K / 64, 128]` of `signs.pack`; undefined in tiles without
+    a key.
 
     Args:
         q: bf16 `[all queries, N, C + R]`, N 64 or 128.
@@ -289,6 +299,7 @@ def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, 
         rows: S of a batch row.
         scale: of the attention's scores.
         sms: CTAs.
+        keep_signs: whether to.
         interpret: parameters of interpret mode, or None.
     """
     total, heads, width = q.shape
@@ -307,19 +318,21 @@ def pairs(q, iq, kv, ik, lse, iw, indices, tiles, *, queries, rows, scale, sms, 
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
-    def assign(q, iq, kv, ik, lse, iw, indices, tiles, mass, scores, **shared):
+    def assign(q, iq, kv, ik, lse, iw, indices, tiles, *out, **shared):
         s = _Shared(**shared)
+        mass, scores, positive = [*out, None][:3]
         return (
-            lambda: _weigh(plan, EVEN, lse, iw, tiles, mass, scores, s),
-            lambda: _weigh(plan, ODD, lse, iw, tiles, mass, scores, s),
+            lambda: _weigh(plan, EVEN, lse, iw, tiles, mass, scores, positive, s),
+            lambda: _weigh(plan, ODD, lse, iw, tiles, mass, scores, positive, s),
             lambda: _load(plan, q, iq, kv, ik, indices, tiles, s),
         )
 
+    words = jax.ShapeDtypeStruct((total, indices.shape[1] // KEYS, LANES), jnp.int32)
     return roles.kernel(
         "indexer_loss_pairs",
         assign,
         _REGISTERS,
-        out_type=[jax.ShapeDtypeStruct(indices.shape, jnp.float32)] * 2,
+        out_type=[jax.ShapeDtypeStruct(indices.shape, jnp.float32)] * 2 + [words] * keep_signs,
         scratch_types={
             "query": [
                 tile(1, INDEX_HEADS if part.of_index else heads, part.width) for part in plan.parts

@@ -2,12 +2,16 @@
 
     sparse_pairs_sm90      of every query and selected key the attention's mass and the score
     here, in XLA           kl, and d = softmax(score) - p
-    sparse_gradient_sm90   from g d the gradients of iq and iw, and a row for every pair
-    sparse_lists_sm90      which pairs belong to which keys
-    sparse_sums_sm90       dik: the rows of each key added up in fp32, in the order of the queries
+    sparse_gradient_sm90   from g d the gradients of iq and iw, and of dik a row for every pair
 
-The forward keeps d, as large as the selection, for the backward: so the target, which costs most,
-is built once. The rows, in bf16, exist for a window of queries at a time.
+Where dik fits the L2, that kernel adds up the rows there, as integers: their sums have no order.
+Elsewhere rows are stored, in bf16, for a window of queries at a time, and
+
+    sparse_lists_sm90      lists which pairs belong to which keys
+    sparse_sums_sm90       adds up the rows of each key in fp32, in the order of the queries
+
+The forward keeps d and the signs of the indexer's products, three times as large as the selection,
+for the backward: so the target, which costs most, is built once.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
+from pallas_kernels.hopper import fixed_point
+from pallas_kernels.hopper.gather import LANES
 from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.indexer_loss import (
     sparse_gradient_sm90,
@@ -34,8 +40,9 @@ from pallas_kernels.tiling import vary_like
 KEYS = 64  # of a tile
 HEADS = 128  # of the attention, that one call takes
 INDEX_HEADS = 64
-# A window costs a pass over dik in fp32 and the ends of two kernels, so that few are better.
+# A window costs passes over dik in fp32 and the ends of its kernels, so that few are better.
 WORKSPACE_BYTES = 9 * 2**28
+CACHE_BYTES = 2**25  # of sums that stay in the L2 of 50 MB while other things pass through it
 
 
 def unsupported(iq, ik, q, kv) -> str | None:
@@ -63,6 +70,7 @@ class Residuals(NamedTuple):
     indices: jax.Array  # i32 [B, T, K']: ascending, S where none is; K' whole tiles
     count: jax.Array  # i32 [B, T]: how many are inside
     d: jax.Array  # f32 [B, T, K']: the gradient of kl for the scores; 0 where no key is selected
+    positive: jax.Array  # i32 [B, T, K' / 64, 128]: of `hopper.signs`, which products are positive
 
 
 def forward(iq, ik, iw, q, kv, lse, indices, *, scale: float, workspace_bytes: int = 0):
@@ -76,20 +84,24 @@ def forward_for_backward(
 ):
     """`(kl [B, T], Residuals)`."""
     del workspace_bytes
-    kl, *rest = compare(iq, ik, iw, q, kv, lse, indices, scale=scale)
+    kl, *rest = compare(iq, ik, iw, q, kv, lse, indices, scale=scale, keep_signs=True)
     return kl, Residuals(iq, ik, iw, *rest)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "sms", "interpret"))
-def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret: Any = None):
-    """`(kl, indices, count and d of Residuals)`."""
+@functools.partial(jax.jit, static_argnames=("scale", "keep_signs", "sms", "interpret"))
+def compare(
+    iq, ik, iw, q, kv, lse, indices, *,
+    scale, keep_signs: bool = False, sms: int = 132, interpret: Any = None,
+):  # fmt: skip
+    """`(kl, indices, count and d of Residuals)`, then `positive` if asked for."""
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     pads = ((0, 0), (0, 0), (0, -indices.shape[2] % KEYS))
     indices = jnp.pad(indices, pads, constant_values=-1)
     if 0 in (*indices.shape, rows):
         nothing, none = jnp.zeros(indices.shape, jnp.float32), jnp.zeros((batch, queries))
-        return none, indices, none.astype(jnp.int32), nothing
+        words = jnp.zeros((*indices.shape[:2], indices.shape[2] // KEYS, LANES), jnp.int32)
+        return none, indices, none.astype(jnp.int32), nothing, *[words] * keep_signs
     inside = (indices >= 0) & (indices < rows)
     indices, count = ascending(indices, rows), inside.sum(axis=-1, dtype=jnp.int32)
     # More than 128 heads are as many queries with the same keys.
@@ -106,18 +118,19 @@ def compare(iq, ik, iw, q, kv, lse, indices, *, scale, sms: int = 132, interpret
 
     # A head of a query without keys has no lse; one that fills up has no mass.
     lse = by_query(jnp.where(jnp.isfinite(lse), lse * LOG2E, 0.0), jnp.inf)
-    mass, scores = sparse_pairs_sm90.pairs(
+    found = sparse_pairs_sm90.pairs(
         by_query(q, 0), repeat(iq), kv.reshape(-1, width), ik.reshape(-1, ik.shape[-1]),
         lse, repeat(iw), repeat(indices), repeat(_tiles(count)),
-        queries=queries * split, rows=rows, scale=scale, sms=sms, interpret=interpret,
+        queries=queries * split, rows=rows, scale=scale, sms=sms, keep_signs=keep_signs,
+        interpret=interpret,
     )  # fmt: skip
-    mass, scores = vary_like((mass, scores), (iq, ik, iw, q, kv))
+    mass, *found = vary_like(tuple(found), (iq, ik, iw, q, kv))
     mass = mass.reshape(batch, queries, -1, mass.shape[-1])
     # One after the other, not as a sum over an axis: it costs no pass of its own then.
     mass = functools.reduce(jnp.add, [mass[:, :, group] for group in range(mass.shape[2])])
-    scores = scores.reshape(batch, queries, split, -1)[:, :, 0]
+    scores, *positive = (x.reshape(batch, queries, split, *x.shape[1:])[:, :, 0] for x in found)
     kl, d = divergence(mass, scores, _exists(count, indices))
-    return kl, indices, count, d
+    return kl, indices, count, d, *positive
 
 
 def divergence(mass, scores, exists):
@@ -151,49 +164,109 @@ def gradients(
     window: int, dik_dtype: Any = None, sms: int = 132, interpret: Any = None,
 ):  # fmt: skip
     """The gradients, with at most so many queries in a window."""
-    iq, ik, iw, indices, count, d = residuals
+    iq, ik, iw, indices, count, d, positive = residuals
     dik_dtype = dik_dtype or ik.dtype
     batch, queries, heads, width = iq.shape
     rows = ik.shape[1]
     if 0 in (*indices.shape, rows):
         return jnp.zeros_like(iq), jnp.zeros_like(ik, dik_dtype), jnp.zeros_like(iw)
     total = batch * queries
-    d, indices = d.reshape(total, -1), indices.reshape(total, -1)
+    d, indices, g, count, positive = (
+        x.reshape(total, *x.shape[2:]) for x in (d, indices, g, count, positive)
+    )
     arrays = iq.reshape(total, heads, width), ik.reshape(-1, width), iw.reshape(total, heads)
-    arrays = *arrays, d, g.reshape(total), indices, _tiles(count.reshape(total))
+    arrays = *arrays, d, positive, g, indices, _tiles(count)
     blocks = -(-batch * rows // BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
     window = min(max(1, window), total, sparse_lists_sm90.max_window(d.shape[1]))
     window = -(-total // -(-total // window))  # windows of one size
+    plan = _Plan(queries, rows, batch * rows, window, sms)
+    cached = in_cache(batch * rows * width)
     # The kernel writes all of it: nothing has to be there before.
-    sums = jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
+    sums = None if cached else jax.new_ref(lax.empty((parts, blocks * BLOCK, width), jnp.float32))
 
-    def step(first):
-        start = first.reshape(1)
-        added, diq, diw = sparse_gradient_sm90.gradient(
-            start, *arrays,
-            window=window, queries=queries, rows=rows, sms=sms, interpret=interpret,
-        )  # fmt: skip
-        lists = _lists(
-            start, count.reshape(total), indices, interpret,
-            window=window, queries=queries, rows=rows, blocks=blocks,
-        )  # fmt: skip
-        added = added.reshape(-1, width)
-        sparse_sums_sm90.sum_rows(start, added, *lists, sums, sms=sms, interpret=interpret)
-        return diq, diw
+    def step(dik, first):
+        if sums is None:
+            more, diq, diw = _added(plan, first, arrays, interpret)
+            return dik + more, (diq, diw)
+        return dik, _stored(plan, first, arrays, count, sums, interpret)
 
     firsts = jnp.arange(0, total, window, dtype=jnp.int32)
+    nothing = vary_like(jnp.zeros((batch * rows, width) if cached else (), jnp.float32), residuals)
     if len(firsts) == 1:
-        results = step(firsts[0])
+        dik, results = step(nothing, firsts[0])
     else:
-        _, results = lax.scan(lambda _, first: (None, step(first)), None, firsts)
+        dik, results = lax.scan(step, nothing, firsts)
+    if sums is not None:
+        dik = jax.freeze(sums).sum(axis=0)[: batch * rows]
     # The kernels do not tell over which mesh axes their results vary.
-    dik, results = vary_like((jax.freeze(sums).sum(axis=0), results), residuals)
+    dik, results = vary_like((dik, results), residuals)
     diq, diw = (
         x.reshape(-1, *like.shape[2:])[:total].reshape(like.shape)
         for x, like in zip(results, (iq, iw), strict=True)
     )
-    return diq, dik[: batch * rows].reshape(ik.shape).astype(dik_dtype), diw
+    return diq, dik.reshape(ik.shape).astype(dik_dtype), diw
+
+
+class _Plan(NamedTuple):
+    """The static numbers of a call."""
+
+    queries: int  # T, of one batch row
+    rows: int  # S, of one batch row
+    keys: int  # of all batch rows
+    window: int  # queries of it
+    sms: int
+
+    def sizes(self, interpret):
+        """For the kernel."""
+        some = {"queries": self.queries, "rows": self.rows, "window": self.window}
+        return {**some, "sms": self.sms, "interpret": interpret}
+
+
+def in_cache(size: int) -> bool:
+    """Whether so many sums stay in the L2 while rows are added to them."""
+    return 4 * size <= CACHE_BYTES
+
+
+def _added(plan: _Plan, first, arrays, interpret):
+    """`(dik f32 [batch x S, H], diq, diw)` of a window."""
+    per_one, one = fixed_point.units(_largest(first, arrays, plan), plan.window)
+    sums = jax.new_ref(jnp.zeros((plan.keys, arrays[0].shape[-1]), jnp.int32))
+    diq, diw = sparse_gradient_sm90.gradient(
+        first.reshape(1), *arrays, per_one=per_one, sums=sums, **plan.sizes(interpret)
+    )
+    return fixed_point.to_floats(jax.freeze(sums), one), diq, diw
+
+
+def _stored(plan: _Plan, first, arrays, count, sums, interpret):
+    """`(diq, diw)` of a window; adds its part of dik to `sums`."""
+    first, sizes = first.reshape(1), plan.sizes(interpret)
+    rows, *results = sparse_gradient_sm90.gradient(first, *arrays, **sizes)
+    del sizes["sms"], sizes["interpret"]
+    blocks = sums.shape[1] // BLOCK
+    lists = _lists(first, count, arrays[-2], interpret, **sizes, blocks=blocks)
+    rows = rows.reshape(-1, rows.shape[-1])
+    sparse_sums_sm90.sum_rows(first, rows, *lists, sums, sms=plan.sms, interpret=interpret)
+    return tuple(results)
+
+
+def _largest(first, arrays, plan: _Plan):
+    """A bound on what any query of a window adds to each key, f32 `[batch x S]`."""
+    iq, _, iw, d, _, g, indices, _ = arrays
+    # Where so many do not follow, others before them are looked at, too.
+    numbers = jnp.arange(len(iq), dtype=jnp.int32)
+    iq, iw, d, g, indices, numbers = (
+        lax.dynamic_slice_in_dim(x, first, plan.window) for x in (iq, iw, d, g, indices, numbers)
+    )
+    heads = (jnp.abs(iw)[..., None] * jnp.abs(iq)).sum(axis=1).max(axis=1)
+    # More than the products' factors gain as they are rounded to bf16.
+    bound = jnp.abs(d * ((1 + 2**-6) * g * heads)[:, None])
+    keys = indices + (numbers // plan.queries * plan.rows)[:, None]
+    keys = jnp.where(indices < plan.rows, keys, plan.keys)
+    bits = lax.bitcast_convert_type(bound, jnp.int32)  # they rise as the floats do, NaN above all
+    found = vary_like(jnp.zeros((plan.keys,), jnp.int32), bits)
+    found = found.at[keys].max(bits, mode="drop")
+    return lax.bitcast_convert_type(found, jnp.float32)
 
 
 def _lists(first, count, indices, interpret, **sizes):

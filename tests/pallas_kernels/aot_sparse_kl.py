@@ -41,3 +41,5 @@ def deepseek(
 value = functools.partial(deepseek, False)
 # Windows; heads and selected keys that are no whole tiles.
 odd = functools.partial(deepseek, queries=9000, heads=16, width=512, selected=2000)
+# So many keys that all rows are stored.
+far = functools.partial(deepseek, keys=131072)

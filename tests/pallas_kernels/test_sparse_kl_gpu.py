@@ -10,7 +10,7 @@ from test_sparse_forward_gpu import SCALE, SHAPES, arguments
 
 from pallas_kernels import Selection, indexer_kl_sparse, sparse_attention
 from pallas_kernels.dispatch import hopper_is_default
-from pallas_kernels.indexer_loss import sparse_sm90
+from pallas_kernels.indexer_loss import reference, sparse_sm90
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,15 +70,24 @@ def test_value_and_gradient(name):
         assert all(map(np.array_equal, run(*indexer, q, kv, indices, g=g), found))
 
 
-def test_windows():
-    """A query's gradients are alike in whatever window; keys are added up in the same order."""
-    q, kv, indices, latent = arguments("batch, 64 heads, K off the tile")
-    rng = np.random.default_rng()
-    indexer = indexer_of(rng, q, kv)
+def residuals_of(name):
+    """`(arguments of the op, with random indexers; what the backward needs)`."""
+    q, kv, indices, latent = arguments(name)
+    indexer = indexer_of(np.random.default_rng(), q, kv)
     _, lse = sparse_attention(q, kv, Selection(indices), value_width=latent, scale=SCALE)
     inputs = (*indexer, q, kv, lse, indices)
-    _, residuals = sparse_sm90.forward_for_backward(*inputs, scale=SCALE)
-    g = jnp.ones(q.shape[:2])
+    return inputs, sparse_sm90.forward_for_backward(*inputs, scale=SCALE)[1]
+
+
+def error(found, want):
+    found, want = (x.astype(jnp.float32) for x in (found, want))
+    return jnp.linalg.norm(found - want) / jnp.linalg.norm(want)
+
+
+def test_windows():
+    """A query's gradients are alike in whatever window."""
+    inputs, residuals = residuals_of("batch, 64 heads, K off the tile")
+    g = jnp.ones(inputs[3].shape[:2])
 
     def run(window):
         return jax.jit(functools.partial(sparse_sm90.gradients, window=window))(residuals, g)
@@ -86,10 +95,48 @@ def test_windows():
     (diq, dik, diw), again = run(1000), run(32)
     np.testing.assert_array_equal(diq, again[0])
     np.testing.assert_array_equal(diw, again[2])
-    # Sums of fp32 that start anew, or not, with each window; then rounded to bf16.
-    np.testing.assert_allclose(
-        dik.astype(jnp.float32), again[1].astype(jnp.float32), rtol=2**-8, atol=1e-5
+    # Integers of other units; then rounded to bf16.
+    assert error(dik, again[1]) < 2**-8
+
+
+def test_ways(monkeypatch):
+    """Rows that are stored, and rows that are added up in the L2; equal bits 20 times."""
+    inputs, residuals = residuals_of("batch, 64 heads, K off the tile")
+    # Keys of small gradients keep their precision: each key has its own unit.
+    g = jnp.asarray(
+        10.0 ** np.random.default_rng().uniform(-8, 8, inputs[3].shape[:2]), jnp.float32
     )
+    wide = [x.astype(jnp.float32) for x in inputs[:-1]]
+    options = {"xla_gpu_enable_triton_gemm": False}
+    want = jax.jit(
+        functools.partial(reference.sparse_backward, scale=SCALE, workspace_bytes=2**30),
+        compiler_options=options,
+    )((*wide, inputs[-1]), g)[1]
+    for cached in (False, True):
+        monkeypatch.setattr(sparse_sm90, "in_cache", lambda size, cached=cached: cached)
+        run = jax.jit(lambda r, g: sparse_sm90.gradients(r, g, window=1000, dik_dtype=jnp.float32))
+        jnp.full((2**28,), jnp.nan, jnp.float32).block_until_ready().delete()
+        found = run(residuals, g)
+        # Key by key, but for some whose terms cancel: these are rounded to bf16.
+        norm = jnp.linalg.norm(want, axis=-1)
+        errors = jnp.linalg.norm(found[1] - want, axis=-1) / jnp.where(norm > 0, norm, 1)
+        assert jnp.quantile(errors, 0.99) < 2**-6
+        assert error(found[1], want) < RELATIVE
+        for _ in range(20):
+            assert all(map(np.array_equal, run(residuals, g), found))
+
+
+def test_not_finite():
+    """A query whose weight is no number spoils its keys, and no others."""
+    inputs, residuals = residuals_of("more keys than the L2 holds, some forth and some back")
+    keys = inputs[1].shape[1]
+    for value in (jnp.nan, jnp.inf):
+        g = jnp.ones(inputs[3].shape[:2]).at[0, 3].set(value)
+        finite = jnp.isfinite(sparse_sm90.backward(residuals, g)[1]).all(axis=-1)[0]
+        picked = inputs[-1][0, 3]
+        picked = picked[(picked >= 0) & (picked < keys)]
+        assert len(picked)
+        np.testing.assert_array_equal(finite, jnp.ones(keys, bool).at[picked].set(False))
 
 
 def test_unselected_rows_may_hold_anything():

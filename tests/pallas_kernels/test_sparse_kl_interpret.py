@@ -54,30 +54,34 @@ def arguments(batch, queries, keys, heads, selected, width=64, index_width=64, i
     return iq, ik, iw, q, kv, lse, indices
 
 
-def test_value_and_gradient():
+def test_value_and_gradient(monkeypatch):
     """Heads and selected keys that are no whole tiles, two windows, every slot filled again.
 
     Six queries on four CTAs: two are divided.
     """
     inputs = iq, ik, iw, q, kv, lse, indices = arguments(2, 3, 400, 70, 140, index_width=128)
-    kl, *rest = sparse_sm90.compare(*inputs, scale=SCALE, sms=4, interpret=interpret())
+    kl, *rest = sparse_sm90.compare(
+        *inputs, scale=SCALE, keep_signs=True, sms=4, interpret=interpret()
+    )
     assert no_races()
     g = normal(np.random.default_rng(1), 2, 3, dtype=jnp.float32)
     residuals = sparse_sm90.Residuals(iq, ik, iw, *rest)
-    # Not jitted: two interpreted kernels in one program wait for each other.
-    found = sparse_sm90.gradients(residuals, g, window=5, sms=1, interpret=interpret())
-    assert no_races()
     exact = oracle.indexer_kl_sparse(iq, ik, iw, q, kv, indices, scale=SCALE)
     # fp32 sums of terms as large as a few nats; the attention's lse, too, is fp32.
     np.testing.assert_allclose(kl, exact, rtol=3e-6, atol=3e-6)
     assert (np.asarray(kl) == 0).sum() == 2  # those with one key or none
     wide = [x.astype(jnp.float32) for x in (iq, ik, iw, q, kv)]
     want = reference.sparse_backward((*wide, lse, indices), g, scale=SCALE, workspace_bytes=2**28)
-    for gradient, expected, value in zip(found, want, (iq, ik, iw), strict=True):
-        assert gradient.dtype == value.dtype
-        gradient, expected = np.asarray(gradient, np.float64), np.asarray(expected, np.float64)
-        # d, the masked products, the rows and the results are rounded to bf16 (2**-9 of each).
-        assert np.linalg.norm(gradient - expected) / np.linalg.norm(expected) < 6e-3
+    for cached in (True, False):  # rows are added up in the L2, or stored
+        monkeypatch.setattr(sparse_sm90, "in_cache", lambda size, cached=cached: cached)
+        # Not jitted: two interpreted kernels in one program wait for each other.
+        found = sparse_sm90.gradients(residuals, g, window=5, sms=1, interpret=interpret())
+        assert no_races()
+        for gradient, expected, value in zip(found, want, (iq, ik, iw), strict=True):
+            assert gradient.dtype == value.dtype
+            gradient, expected = np.asarray(gradient, np.float64), np.asarray(expected, np.float64)
+            # d, the masked products, the rows and the results are rounded to bf16 (2**-9 of each).
+            assert np.linalg.norm(gradient - expected) / np.linalg.norm(expected) < 6e-3
 
 
 @pytest.mark.parametrize(("heads", "width"), [(16, 320), (128, 192)])
@@ -127,6 +131,36 @@ def test_lists(first):
         np.testing.assert_array_equal(one[:end], other[:end])
     entries = np.asarray(want[2])[:end]
     assert (entries >= 0).sum() == counts[first : first + 4].sum()
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_bounds_of_rows(first):
+    """No row of a query of the window is larger than its key's bound, nor much smaller than all."""
+    rng = np.random.default_rng()
+    batch, queries, keys, selected, window = 2, 3, 50, 64, 3
+    total = batch * queries
+    iq, iw = normal(rng, total, 64, 128), normal(rng, total, 64, dtype=jnp.float32)
+    d = normal(rng, total, selected, dtype=jnp.float32)
+    g = np.array([0, 1e-9, 1, 1e9, -1, 1e30], np.float32)
+    indices = np.full((total, selected), keys, np.int32)
+    for row, count in enumerate([40, 3, 50, 20, 0, 1]):
+        indices[row, :count] = np.sort(rng.choice(keys, count, replace=False))
+    d = jnp.where(indices < keys, d, 0.0)
+    if first == 0:
+        g[0] = np.nan  # of a query with fewer keys than slots
+    arrays = iq, None, iw, d, None, jnp.asarray(g), jnp.asarray(indices), None
+    plan = sparse_sm90._Plan(queries, keys, batch * keys, window, 132)
+    found = np.asarray(sparse_sm90._largest(jnp.int32(first), arrays, plan))
+    want = np.zeros(batch * keys)
+    weights = (np.abs(iw)[..., None] * np.abs(np.float32(iq))).sum(axis=1).max(axis=1)
+    for t in range(first, first + window):
+        for k, s in enumerate(indices[t][indices[t] < keys]):
+            key = t // queries * keys + s
+            bound = np.abs(np.float64(g[t]) * d[t, k]) * weights[t]
+            want[key] = np.maximum(want[key], bound)  # NaN stays
+    if first == 0:
+        assert np.isnan(want).sum() == 40
+    np.testing.assert_allclose(found, want * (1 + 2**-6), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ SPILL_BYTES = {
     "sparse_kl:deepseek": 0,
     "sparse_kl:value": 0,
     "sparse_kl:odd": 0,
+    "sparse_kl:far": 0,
 }
 
 pytestmark = [

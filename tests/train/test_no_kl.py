@@ -52,4 +52,5 @@ def test_that_test_can_fail():
 def test_evaluation_does_no_kl_work():
     skeleton = skeleton_of(config(Stage.SPARSE))
     model = skeleton.model(skeleton.shapes)
-    assert not kl_work(_forward.lower(model, BATCH, "sparse", 8, None).compile().as_text())
+    lowered = _forward.lower(model, BATCH, "sparse", 8, None, None, np.int32(0), keys=8)
+    assert not kl_work(lowered.compile().as_text())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -181,7 +182,10 @@ class TensorBoardTracker:
                 "log.tensorboard=True needs tensorboardX: pip install 'dsa-jax[tensorboard]', "
                 "or leave it out (metrics.jsonl is written anyway)"
             ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+        # The library names files by the second: two writers of one second would share a file, and
+        # the later one empty it. In this order TensorBoard reads them.
+        suffix = f".{time.time_ns()}"
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1, filename_suffix=suffix)
 
     def log(self, kind: str, step: int, metrics: Metrics) -> None:
         """Writes every number of the record."""

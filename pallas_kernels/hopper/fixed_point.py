@@ -17,8 +17,6 @@ atomic adds both. Where all sums fit the L2, they are added up there, and no row
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -29,7 +27,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.hopper.gather import LANES
-from pallas_kernels.hopper.signs import scalar
+from pallas_kernels.hopper.operands import global_address, scalar
 
 _MAX_BITS = 21  # of a term: what adding 1.5 x 2^23 rounds to an integer
 _ROUND = 0x4B400000  # the bits of 1.5 x 2^23
@@ -97,7 +95,7 @@ def look_up(table, keys, interpret: bool):
         f32 = ir.F32Type.get()
 
         def load(key):
-            args = scalar(key), _address(table)
+            args = scalar(key), global_address(table)
             return llvm.inline_asm(f32, args, code, "=&f,r,l", has_side_effects=True, asm_dialect=0)
 
         registers = keys.registers.copy()
@@ -158,7 +156,7 @@ def add_rows(sums, rows, keys, per_one, first_key, stage, *, limit: int, interpr
             _run(_put(half), kinds, *values, per_one[half], lane, place)
         _run("bar.warp.sync 0xffffffff;", "")
         first = first_key.registers.item()
-        _run(_add(limit), "r,r,r,r,r,l", *keys, first, lane, place, _address(sums))
+        _run(_add(limit), "r,r,r,r,r,l", *keys, first, lane, place, global_address(sums))
 
     emit(sums, rows, keys, per_one, first_key, stage)
 
@@ -233,9 +231,3 @@ def _add_rows_twin(sums, rows, keys, per_one, first_key, limit) -> None:
             sums[of, :] = total - _borrowed(total)
 
     lax.fori_loop(0, rows.shape[0], add, None)
-
-
-def _address(ref) -> Any:
-    space = llvm.PointerType.get(address_space=1)
-    pointer = llvm.addrspacecast(space, utils.memref_ptr(ref))
-    return llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer)

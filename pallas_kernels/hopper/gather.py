@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
 
+from pallas_kernels.hopper.operands import global_address
 from pallas_kernels.hopper.tiles import CHUNK, SWIZZLED
 
 LANES = 128
@@ -169,9 +170,8 @@ def gather_rows(
         )
         target = arith.addi(arith.muli(arith.divui(row, word(8)), word(eight_rows)), swizzled)
         target = arith.addi(_shared_address(tile), target)
-        pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(table))
         start = arith.addi(arith.muli(piece, word(16)), word(2 * first_column))
-        source = arith.addi(llvm.ptrtoint(i64, pointer), arith.extui(i64, start))
+        source = arith.addi(global_address(table), arith.extui(i64, start))
         base = arith.extsi(i64, first_row.registers.item())
         source = arith.addi(source, arith.muli(base, arith.constant(i64, row_bytes)))
         wanted = []

@@ -32,6 +32,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.hopper.operands import global_pointer, scalar
+
 KEYS = 64  # rows of one wgmma
 COLUMNS = 128  # (token, head) pairs of one warpgroup: 64 accumulators and 32 weights a thread
 _A_LANE = plgpu.Layout.WG_STRIDED((128,), vec_size=1)  # one value a lane
@@ -324,7 +326,7 @@ def _issue_wgmma(k, part: int, q, turns):
 def _wait_wgmma(dots: mgpu.FragmentedArray):
     """The accumulators once they are there; tied to the wait, lest they be read before it."""
     f32 = ir.F32Type.get()
-    registers = [llvm.extractelement(pair, _c(i)) for pair in dots.registers.flat for i in range(2)]
+    registers = [scalar(pair, i) for pair in dots.registers.flat for i in range(2)]
     count = len(registers)
     result = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * count),
@@ -371,7 +373,7 @@ def _weighted(dots, weights, heads):
         total = [None, None]
         for group in range(token * heads // 8, (token + 1) * heads // 8):
             for half, column in itertools.product(range(2), range(2)):
-                weight = llvm.extractelement(columns[group], _c(column))
+                weight = scalar(columns[group], column)
                 dot = arith.maximumf(dots[4 * group + 2 * half + column], zero)
                 if total[half] is None:
                     total[half] = arith.mulf(dot, weight)
@@ -392,8 +394,7 @@ def _store(pointer, value, predicate):
 
 
 def _element(ref, index, element_type):
-    pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(ref))
-    return utils.getelementptr(pointer, [index], element_type)
+    return utils.getelementptr(global_pointer(ref), [index], element_type)
 
 
 def _per_lane(values, element_type, layout) -> mgpu.FragmentedArray:
@@ -409,7 +410,7 @@ def _per_lane(values, element_type, layout) -> mgpu.FragmentedArray:
 
 
 def _lane_value(array: mgpu.FragmentedArray, i: int):
-    return llvm.extractelement(array.registers.flat[0], _c(i))
+    return scalar(array.registers.flat[0], i)
 
 
 def _further(pointer, count, element_type):

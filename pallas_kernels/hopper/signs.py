@@ -20,6 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.hopper.gather import LANES
+from pallas_kernels.hopper.operands import scalar
 
 SIZE = 64  # rows and columns
 _BITS = 32
@@ -86,13 +87,6 @@ def where_positive(words: Any, values: Any, interpret: bool):
         return found.to_layout(fa.WGMMA_LAYOUT)
 
     return emit(words, values)
-
-
-def scalar(register: Any) -> Any:
-    """A register's one value."""
-    if not isinstance(register.type, ir.VectorType):
-        return register
-    return llvm.extractelement(register, _word(0))
 
 
 def _singles(array: Any) -> Any:

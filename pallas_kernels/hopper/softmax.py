@@ -18,6 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels.hopper.operands import scalar
+
 SLACK = 8.0  # in base 2
 _COLUMNS = 8  # that four lanes hold of a row at a time
 
@@ -46,9 +48,9 @@ def raised(top: jax.Array, scores: jax.Array, scale: float, interpret: bool) -> 
     )
     def emit(_, top, highest):
         f32 = ir.F32Type.get()
-        tops = [_scalar(register) for register in top.registers.flat]
+        tops = [scalar(register) for register in top.registers.flat]
         pairs = [
-            arith.maximumf(_scalar(register, 0), _scalar(register, 1))
+            arith.maximumf(scalar(register, 0), scalar(register, 1))
             for register in highest.registers.flat
         ]
         assert len(tops) == len(pairs) == 2, (top.registers.shape, highest.registers.shape)
@@ -101,7 +103,7 @@ def rescaled(accumulators: list[jax.Array], factor: jax.Array, interpret: bool) 
             start = accumulator.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT)
             registers = list(start.registers.flat)
             count = len(registers)
-            factors = [_scalar(register) for register in factor.registers.flat]
+            factors = [scalar(register) for register in factor.registers.flat]
             # Of four registers in a row, two are of one row and two of the row eight below.
             products = "\n".join(
                 f"mul.f32 ${i}, ${i}, ${2 * count + i // 2 % 2};" for i in range(count)
@@ -129,13 +131,6 @@ def rescaled(accumulators: list[jax.Array], factor: jax.Array, interpret: bool) 
         return emit(accumulator, factor)
 
     return [one(accumulator) for accumulator in accumulators]
-
-
-def _scalar(register, index: int = 0):
-    """A number out of a register of a `FragmentedArray`, which may be a vector."""
-    if not isinstance(register.type, ir.VectorType):
-        return register
-    return vector.extract(register, [], ir.DenseI64ArrayAttr.get([index]))
 
 
 def _like(array, values):

@@ -59,6 +59,19 @@ def test_keys_gradients_are_summed_in_fp32():
     np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
 
 
+def test_a_weights_gradient_is_cut_as_the_weight_is():
+    """Also where nothing else says how: `jax.grad` without a train step around it."""
+    w, x = jnp.ones((16, 8)), jnp.arange(8 * 2 * 16.0).reshape(8, 2, 16)
+
+    def loss(w, x):
+        return (spread.pinned(x, RULES, "B T _") @ spread.whole(w, RULES, "D _")).sum()
+
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, expert=2, context=2))):
+        found = jax.jit(jax.grad(loss))(w, x)
+    assert found.addressable_shards[0].data.shape == (2, 8)
+    np.testing.assert_array_equal(found, np.repeat(np.asarray(x).sum((0, 1))[:, None], 8, axis=1))
+
+
 def test_without_a_mesh_nothing_happens():
     assert spread.mesh_sizes() == {}
     assert spread.per_device(sum, RULES, "B", "B") is sum

@@ -92,13 +92,16 @@ def test_the_gpus_need_the_plugin(monkeypatch):
 def test_gradients_of_weights_are_cut_as_they_are_summed():
     """Reduce-scattered: an all-reduce would send twice as much and hold it whole."""
     model = presets.get("tiny").replace(num_hidden_layers=1, first_k_dense_replace=1)
-    mesh = MeshConfig(fsdp=2, expert=2, context=2)
+    mesh = MeshConfig(fsdp=2, expert=2, context=2, tensor=2)
     options, _ = small(mesh, compile="cuda")
     options = dataclasses.replace(options, stage=Stage.SPARSE)
-    traffic = make(options, model=model).traffic
-    summed = {one.op: 0.0 for one in traffic}
-    for one in traffic:
-        summed[one.op] += one.bytes_sent
+    # All axes that split tokens. With tensor parallelism the queries of the indexer's loss are cut
+    # over `tensor` too, and one small weight of it is summed in steps, over some axes at a time.
+    summing = {"fsdp", "expert", "context"}
+    summed = {"all-reduce": 0.0, "reduce-scatter": 0.0}
+    for one in make(options, model=model).traffic:
+        if one.op in summed and summing <= set(one.axes):
+            summed[one.op] += one.bytes_sent
     # What is left are norms, biases and numbers for the metrics.
     assert summed["all-reduce"] < 0.1 * summed["reduce-scatter"], summed
 

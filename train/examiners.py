@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Collection
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from typing import Any
 
 from dsa_jax.transformer import Transformer
@@ -63,7 +63,11 @@ class Examiners:
         for q in self._exam.questions():
             if q.rung.weights == name:
                 pool = self._place[self._exam.program(q)]
-                self._answers[q] = pool.submit(_answer, q, config)
+                try:
+                    self._answers[q] = pool.submit(_answer, q, config)
+                except BrokenExecutor as died:  # before it could be asked: `answer` says so
+                    self._answers[q] = Future()
+                    self._answers[q].set_exception(died)
 
     def answer(self, q: Question) -> Any:
         """One answer, as soon as it is there.

@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import json
+import os
+import signal
+from concurrent.futures import BrokenExecutor
 from contextlib import closing
 
 import jax
@@ -11,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from dsa_jax import presets
-from train import corpus, demo, demo_presets, examiners, report
+from train import corpus, demo, demo_presets, demo_seed, examiners, report
 from train.__main__ import main
 from train.checkpoints import Checkpoints
 from train.cost import LayerShape
@@ -21,7 +24,7 @@ from train.demo_seed import Seed, changed_arrays
 from train.ladder import ASKED, LADDER, LONG, SWEEP
 from train.laps import Laps
 from train.lessons import Lesson
-from train.load import load_model
+from train.load import load_model, starting_model
 from train.needles import Grid
 from train.stages import Stage
 from train.tracker import read_metrics
@@ -253,25 +256,73 @@ class Excerpt(Exam):
                 yield q
 
 
-def test_examiners_answer_as_the_demo_itself_does(finished, source):
-    folder, _ = finished
-    (run,) = json.loads((folder / "results.json").read_text())["runs"]
-    preset = tiny_preset()
+def seed_of(folder, source, preset):
+    """The one seed of a finished demo in `folder`, to be run again."""
     text = corpus.write(
         folder / "text", length=64, held_out_lengths=preset.held_out_lengths, hide=True,
         source=source,
     )  # fmt: skip
-    seed = Seed(preset, folder, text, 0, Console(quiet=True), Laps())
+    text = text._replace(train=folder / "text" / "lessons.jsonl")
+    return Seed(preset, folder, text, 0, Console(quiet=True), Laps())
+
+
+def test_examiners_answer_as_the_demo_itself_does(finished, source):
+    """... until one dies: then it says so, of what it was asked before and is asked after."""
+    folder, _ = finished
+    (run,) = json.loads((folder / "results.json").read_text())["runs"]
+    preset = tiny_preset()
+    seed = seed_of(folder, source, preset)
     config = seed.config("control", Stage.DENSE, preset.sparse, None)
     trained = dataclasses.replace(config, init_from=folder / "seed-0" / "sparse" / "checkpoints")
-    exam = Excerpt(preset, text, root=folder, seed=0)
+    exam = Excerpt(preset, seed.text, root=folder, seed=0)
     with examiners.Examiners(exam, config, count=1) as asked:
         asked.hand_in("sparse", trained)
         steps, found = (asked.answer(q) for q in exam.questions())
+        os.kill(asked._processes[0].result(), signal.SIGKILL)
+        with pytest.raises(BrokenExecutor):
+            asked._pools[0].submit(os.getpid).result(timeout=30)
+        asked.hand_in("sparse", trained)
+        for q in exam.questions():
+            with pytest.raises(BrokenExecutor):
+                asked.answer(q)
     wanted = run["ladder"]["sparse"]
     assert steps.cross_entropy == pytest.approx(wanted["cross_entropy"], rel=1e-6)
     assert steps.summary()["mass_recall"] == pytest.approx(wanted["mass_recall"], rel=1e-6)
     assert found.mean(axis=2).tolist() == run["needles"]["documents"]["sparse"]
+
+
+class Examiner(examiners.Examiners):
+    """In this process, from what was handed in; it dies at the first question about needles."""
+
+    def __init__(self, exam, config, *, kernels):
+        self.exam, self.handed_in, self.answered, self.alive = exam, {}, 0, True
+
+    def hand_in(self, name, config):
+        self.handed_in[name] = config
+
+    def answer(self, q):
+        self.alive = self.alive and q.kind != "needles"
+        if not self.alive:
+            raise BrokenExecutor("died")
+        self.answered += 1
+        return self.exam.answer(q, starting_model(self.handed_in[q.rung.weights]))
+
+    def __exit__(self, *error):
+        if error[0] is None:
+            assert self.answered > 1
+            assert not self.alive
+
+
+def test_a_run_with_examiners_finds_the_same(finished, source, monkeypatch):
+    """Whether they answer, from checkpoints, or die and the demo does, from the models it has."""
+    folder, _ = finished
+    (old,) = json.loads((folder / "results.json").read_text())["runs"]
+    monkeypatch.setattr(demo_seed, "Examiners", Examiner)
+    preset = dataclasses.replace(tiny_preset(), examiners=True, compile_ahead=False)
+    with demo._quick_compiles():
+        new = json.loads(json.dumps(seed_of(folder, source, preset).run()))
+    for key in ("ladder", "long_ladder", "sweep", "needles", "checks"):
+        assert new[key] == old[key], key
 
 
 def test_the_report_can_be_written_again(finished):

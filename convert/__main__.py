@@ -180,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(command, Compare):
             _compare(command, console)
             return 0
+        _check_processes(command)
         if command.distributed:
             jax.distributed.initialize(
                 command.coordinator, command.num_processes, command.process_id
@@ -195,6 +196,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if jax.process_index() == 0:
         console.print(f"wrote {command.destination}", highlight=False, markup=False)
     return 0
+
+
+def _check_processes(command: Conversion) -> None:
+    for name in ("coordinator", "num_processes", "process_id"):
+        value = getattr(command, name)
+        if value is not None and not command.distributed:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {value} says nothing without --distributed: add that")
 
 
 def _compare(command: Compare, console: Console) -> None:

@@ -121,8 +121,7 @@ class Session:
         start = [self.tokenizer.bos] if command.bos else []
         ids = [start + self.tokenizer.encode(prompt) for prompt in prompts]
         if len(ids) == 1:
-            self._write(prompts[0])
-            self._stream(ids[0], command.max_new_tokens)
+            self._stream(ids[0], command.max_new_tokens, opening=prompts[0])
             return
         made, note = self._run(ids, command.max_new_tokens, None)
         for prompt, tokens in zip(prompts, made.tokens, strict=True):
@@ -170,12 +169,14 @@ class Session:
         reply = self._stream(prompt, min(command.max_new_tokens, context - len(prompt)))
         return [*messages, {"role": "assistant", "content": reply}]
 
-    def _stream(self, prompt: list[int], limit: int) -> str:
-        """Prints a continuation while it is made; Ctrl-C keeps what is there."""
+    def _stream(self, prompt: list[int], limit: int, opening: str = "") -> str:
+        """Prints a continuation while it is made, behind `opening`; Ctrl-C keeps what is there."""
         decoder = tokenizers.StreamDecoder(self.tokenizer)
         pieces: list[str] = []
 
         def show(piece: str) -> None:
+            if not pieces:  # now nothing is refused any more
+                self._write(opening)
             pieces.append(piece)
             self._write(piece)
 

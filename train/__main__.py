@@ -162,8 +162,10 @@ def _tell(message: str) -> None:
 
 
 def _explained(error: Exception) -> bool:
-    """Whether the error was raised by this project, with a message made for the user; of any other
-    the traceback is what helps."""
+    """Whether the message says what to mend: this project raised it for the user, or the system
+    refused a file and names it. Of any other error the traceback is what helps."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
     house = Path(__file__).resolve().parent.parent
     origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
     return any(origin.is_relative_to(house / floor) for floor in ("train", "dsa_jax"))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -273,8 +274,31 @@ def _check(config: TrainConfig) -> None:
         f"cluster.{n}": getattr(config.cluster, n) for n in ("start_timeout", "heartbeat_timeout")
     }
     counts["log.profile_start"] = _or(config.log.profile_start, 1)
+    counts["data.prefetch"] = config.data.prefetch
     for name, value in counts.items():
         require(value >= 1, name, value, "must be at least 1")
+    require(config.data.threads >= 0, "data.threads", config.data.threads, "must be at least 0")
+    require(0 <= config.seed < 2**32, "seed", config.seed, "must lie in [0, 2**32)")
+    _check_optimizer(config.optimizer, require)
+
+
+def _check_optimizer(config: OptimizerConfig, require: Callable[..., None]) -> None:
+    """Numbers with which Adam would compute something else, or nothing; NaN passes none of it."""
+    for name in ("main", "indexer"):
+        branch: BranchConfig = getattr(config, name)
+        for rate in ("learning_rate", "weight_decay"):
+            value = getattr(branch, rate)
+            rule = "must be finite and at least 0"
+            require(0 <= value < math.inf, f"optimizer.{name}.{rate}", value, rule)
+        rule = "must be above 0; inf does not limit"
+        require(branch.clip > 0, f"optimizer.{name}.clip", branch.clip, rule)
+    for name in ("beta1", "beta2"):
+        value = getattr(config, name)
+        require(0 <= value < 1, f"optimizer.{name}", value, "must be at least 0 and below 1")
+    require(config.epsilon > 0, "optimizer.epsilon", config.epsilon, "must be above 0")
+    for name in ("warmup_fraction", "final_fraction"):
+        value = getattr(config, name)
+        require(0 <= value <= 1, f"optimizer.{name}", value, "a share lies between 0 and 1")
 
 
 # --- as plain data: saved in every checkpoint, compared on resume --------------------------------

@@ -93,7 +93,8 @@ class Lock:
         lease, beat: as `LEASE` and `BEAT`.
 
     Raises:
-        ValueError: another run is at work there; names its host, process and time.
+        ValueError: another run is at work there; names its host, process and time. Or the folder
+            cannot be made.
     """
 
     def __init__(
@@ -114,7 +115,12 @@ class Lock:
         self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"{self.what} cannot be made a folder ({error.strerror}); choose another"
+            ) from error
         while True:
             newest = self._newest()
             if newest:

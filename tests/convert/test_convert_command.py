@@ -45,8 +45,11 @@ def test_errors_are_one_line_and_a_status(published, tmp_path, capsys):
     assert "FileNotFoundError: no checkpoint at" in capsys.readouterr().err
     assert main(["hf-to-orbax", str(published), str(tmp_path)]) == 1
     assert "FileExistsError" in capsys.readouterr().err
+    alone = ["hf-to-orbax", str(published), str(tmp_path / "ours")]
+    assert main([*alone, "--coordinator", "host:1"]) == 1
+    assert "--coordinator host:1 says nothing without --distributed" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["hf-to-orbax", str(published), str(tmp_path / "ours"), "--dtype", "fp4"])
+        main([*alone, "--dtype", "fp4"])
 
 
 def test_inspect_counts(published, content, capsys):

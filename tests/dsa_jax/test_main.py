@@ -110,7 +110,8 @@ def test_a_conversation_that_outgrows_the_context_goes_on(folder, markers, monke
 def test_errors_are_one_line(arguments, complaint, folder, tmp_path, capsys):
     names = {"tmp": tmp_path, "model": folder}
     assert run(*(a.format(**names) for a in arguments)) == 1
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert not out  # not the prompt either
     assert "Traceback" not in err
     assert complaint.format(**names) in " ".join(err.split())
     assert err.count("error:") == 1

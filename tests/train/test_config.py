@@ -1,6 +1,7 @@
 """Stages and configs: what derives from a stage, what is refused, what a resume may change."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -8,8 +9,17 @@ import pytest
 from small_runs import MODEL, config
 
 from dsa_jax import presets
+from train import __main__
 from train.__main__ import parse
-from train.config import CheckpointConfig, TrainConfig, differences, to_dict
+from train.config import (
+    BranchConfig,
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    TrainConfig,
+    differences,
+    to_dict,
+)  # fmt: skip
 from train.stages import Group, Stage, group_of, split
 from train.state import skeleton_of
 
@@ -63,12 +73,47 @@ def test_groups_of_a_real_model():
         (Stage.SPARSE, {"checkpoint": CheckpointConfig(keep=0)}, r"checkpoint\.keep=0"),
         (Stage.SPARSE, {"sequence_length": 600}, r"sequence_length=600.*max_position_embeddings"),
         (Stage.DENSE, {"remat": "some"}, r"remat='some'"),
+        (Stage.DENSE, {"seed": -1}, r"seed=-1: must lie in \[0, 2\*\*32\)"),
+        (Stage.DENSE, {"seed": 2**32}, r"seed=4294967296"),
+        (Stage.DENSE, {"data": DataConfig(threads=-1)}, r"data\.threads=-1: must be at least 0"),
+        (Stage.DENSE, {"data": DataConfig(prefetch=0)}, r"data\.prefetch=0: must be at least 1"),
         (Stage.WARMUP, {"model": MODEL.without_indexer()}, r"stage='warmup': trains indexers"),
     ],
 )
 def test_contradictions_are_named(stage, fields, message):
     with pytest.raises(ValueError, match=message):
         config(stage, **fields)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "fine"),
+    [
+        ("main.learning_rate", (-1e-3, NAN, float("inf")), (0.0, 1e30)),
+        ("indexer.weight_decay", (-0.1, NAN), (0.0,)),
+        ("main.clip", (0.0, -1.0, NAN), (float("inf"),)),
+        ("beta1", (1.0, -0.1, NAN), (0.0,)),
+        ("beta2", (2.0, NAN), (0.999,)),
+        ("epsilon", (0.0, -1e-8, NAN), (10.0,)),
+        ("warmup_fraction", (3.0, -0.1, NAN), (0.0, 1.0)),
+        ("final_fraction", (7.0, NAN), (0.0, 1.0)),
+    ],
+)
+def test_numbers_that_adam_cannot_take_are_refused(field, wrong, fine):
+    def run(value):
+        branch, _, name = field.rpartition(".")
+        change = {name: value}
+        if branch:
+            change = {branch: BranchConfig(**change)}
+        return config(Stage.SPARSE, optimizer=OptimizerConfig(**change))
+
+    for value in wrong:
+        with pytest.raises(ValueError, match=rf"optimizer\.{re.escape(field)}={value!r}: "):
+            run(value)
+    for value in fine:
+        run(value)
 
 
 def test_differences_leave_out_what_a_resume_may_change():
@@ -97,6 +142,15 @@ def test_command_line():
     assert run.data.sources == ("a.txt", "b.txt")
     with pytest.raises(ValueError, match=r"--model nonesuch.*deepseek-v3\.2-exp"):
         parse(["--model", "nonesuch"])
+
+
+def test_a_file_that_the_system_refuses_is_named_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__main__._COMMANDS, "run", lambda _: (tmp_path / "no" / "such").mkdir())
+    assert __main__.main(["run"]) == 1
+    assert "no/such" in "".join(capsys.readouterr().err.split())
+    monkeypatch.setitem(__main__._COMMANDS, "run", lambda _: os.kill(os.getpid(), 99999))
+    with pytest.raises(OSError, match="Invalid argument"):  # names no file: not for the user
+        __main__.main(["run"])
 
 
 def test_every_field_has_help(capsys):

@@ -37,6 +37,12 @@ def test_a_live_owner_is_named_at_once(tmp_path):
         assert time.monotonic() - began < 1
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "notes").write_text("")
+    with pytest.raises(ValueError, match=r"output='runs' cannot be made a folder .*; choose"):
+        Lock(tmp_path / "notes", "output='runs'").__enter__()
+
+
 def test_a_killed_owner_of_this_host_costs_no_wait(tmp_path):
     program = (
         "import os, signal, sys; from pathlib import Path; from train.lock import Lock\n"

@@ -259,6 +259,8 @@ ERRORS = [
         "no mesh of 7 devices divides this run; of the first one tried:",
     ),
     (["--memory-share", "1.5"], "memory_share=1.5"),
+    (["--devices", "256", "--micro-batches", "0"], "micro_batches=0: must be at least 1"),
+    (["--text", "no/such/program.txt"], "text=no/such/program.txt: no/such is no folder"),
 ]
 
 

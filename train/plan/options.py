@@ -72,12 +72,15 @@ class PlanOptions:
         """The same with the number of devices and the mesh's sizes written out.
 
         Raises:
-            ValueError: a mesh that is not of so many devices, or a share out of range.
+            ValueError: a mesh that is not of so many devices, a share out of range, no folder for
+                the program's text.
         """
         if not 0 < self.memory_share <= 1:
             raise ValueError(f"memory_share={self.memory_share}: a share lies above 0, at most 1")
         if self.devices < 0:
-            raise ValueError(f"devices={self.devices}: must be at least 1")
+            raise ValueError(f"devices={self.devices}: must be at least 1, or 0 for the mesh's")
+        if self.text is not None and not self.text.parent.is_dir():
+            raise ValueError(f"text={self.text}: {self.text.parent} is no folder; make it first")
         known = math.prod(n for n in self.mesh.sizes if n != -1)
         devices, sizes = self.devices, list(self.mesh.sizes)
         if -1 in sizes:
@@ -157,7 +160,8 @@ def train_config(options: PlanOptions, model: ModelConfig, mesh: MeshConfig) -> 
             f"sequence_length={config.sequence_length} does not divide into two chunks for each of "
             f"the {parts} devices of {_over(mesh, 1)}; choose a multiple of {2 * parts}"
         )
-    micro = options.micro_batches or config.batch_size // rows
+    micro = options.micro_batches
+    micro = config.batch_size // rows if micro is None else micro
     return dataclasses.replace(config, micro_batches=micro).resolved()
 
 

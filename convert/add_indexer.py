@@ -76,7 +76,10 @@ class WithIndexer:
         self._seed = seed
         self.config = _with_indexer(base, index)
         self.companions = base.companions
-        self._dtype = base.tensors["model.layers.0.self_attn.o_proj.weight"].dtype
+        like = "model.layers.0.self_attn.o_proj.weight"
+        if like not in base.tensors:
+            raise ConvertError(f"{base}: missing tensor {like}, whose dtype the indexers would have")
+        self._dtype = base.tensors[like].dtype
         self._made: dict[str, tuple[Entry, bool]] = {}
         tensors = dict(base.tensors)
         for entry in entries(self.config):

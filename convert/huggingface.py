@@ -72,8 +72,11 @@ def orbax_to_hf(
     Raises:
         FileNotFoundError: nothing at `source`.
         FileExistsError: something at `destination`.
+        ConvertError: `shard_bytes` below 1.
         CheckpointError: a damaged source. Nothing is at `destination` then.
     """
+    if shard_bytes < 1:
+        raise ConvertError(f"shard_bytes={shard_bytes} must be at least 1")
     refuse_existing(destination)
     folder = OurFolder(source)
     todo = plan(folder, dtype, mtp=mtp)

@@ -77,13 +77,21 @@ class AttentionState(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """What a forward pass is asked for; the same for all layers, none of it traced."""
+    """What a forward pass is asked for; the same for all layers, none of it traced.
+
+    Attributes:
+        attention: which of the three modes.
+        indexer_loss: the KL over all visible keys (`dense`) or the selected ones (`sparse`).
+        selector: chooses keys in the indexer's place.
+        probe: what it makes of each layer's state is returned.
+        select: whether anything needs the selected keys.
+    """
 
     attention: Attention
     indexer_loss: IndexerLoss | None = None
     selector: Callable[[AttentionState], Selection] | None = None
     probe: Callable[[AttentionState], Any] | None = None
-    select: bool = True  # whether anything needs the selected keys
+    select: bool = True
 
 
 class Rows(NamedTuple):

@@ -156,7 +156,7 @@ def group_of(path: str) -> Group:
     """The group of one parameter, by the attribute names on its path.
 
     Args:
-        path: attribute names joined by `/`, as `layers/attention/indexer/wq_b/kernel`.
+        path: attribute names joined by `/`, as `stacks/0/blocks/0/self_attn/indexer/wq_b/weight`.
     """
     names = path.split("/")
     if any("correction_bias" in name for name in names):

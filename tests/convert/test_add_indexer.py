@@ -67,7 +67,11 @@ def test_a_checkpoint_that_has_them_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("model.layers.1.mlp.gate.weight", "missing tensor"), ("model.new.weight", "is not one")],
+    [
+        ("model.layers.1.mlp.gate.weight", "missing tensor"),
+        ("model.layers.0.self_attn.o_proj.weight", "missing tensor .*, whose dtype"),
+        ("model.new.weight", "is not one"),
+    ],
 )
 def test_any_other_difference_is_an_error(name, message, dense, tmp_path):
     content = dict(dense)

@@ -45,6 +45,9 @@ def test_errors_are_one_line_and_a_status(published, tmp_path, capsys):
     assert "FileNotFoundError: no checkpoint at" in capsys.readouterr().err
     assert main(["hf-to-orbax", str(published), str(tmp_path)]) == 1
     assert "FileExistsError" in capsys.readouterr().err
+    shards = ["orbax-to-hf", str(tmp_path), str(tmp_path / "hf"), "--shard-bytes", "0"]
+    assert main(shards) == 1
+    assert "ConvertError: shard_bytes=0 must be at least 1" in capsys.readouterr().err
     alone = ["hf-to-orbax", str(published), str(tmp_path / "ours")]
     assert main([*alone, "--coordinator", "host:1"]) == 1
     assert "--coordinator host:1 says nothing without --distributed" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def rank(options: PlanOptions, model: ModelConfig) -> list[Candidate]:
         model: the architecture.
 
     Raises:
-        ValueError: no mesh divides; the message is that of the last one tried.
+        ValueError: no mesh divides; the message says why the first one tried does not.
     """
     shapes, found, problem = None, [], ""
     for mesh in meshes(options.devices):

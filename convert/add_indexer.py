@@ -78,7 +78,9 @@ class WithIndexer:
         self.companions = base.companions
         like = "model.layers.0.self_attn.o_proj.weight"
         if like not in base.tensors:
-            raise ConvertError(f"{base}: missing tensor {like}, whose dtype the indexers would have")
+            raise ConvertError(
+                f"{base}: missing tensor {like}, whose dtype the indexers would have"
+            )
         self._dtype = base.tensors[like].dtype
         self._made: dict[str, tuple[Entry, bool]] = {}
         tensors = dict(base.tensors)

@@ -48,10 +48,10 @@ class _Plan:
         return pl.cdiv(self.selected, _VECTOR * self.threads)
 
 
-def diverge(block: Any, plan: _Plan, query: Any, counts, mass, scores, kl, d) -> None:
+def diverge(block: Any, plan: _Plan, query: Any, counts, mass, scores, kl, d=None) -> None:
     """A query's; arrays as of `divergence`."""
     count = block.load_global(block.global_row(counts, block.constant(0), 1), query)
-    mass, scores, out = (block.global_row(x, query, plan.selected) for x in (mass, scores, d))
+    mass, scores = (block.global_row(x, query, plan.selected) for x in (mass, scores))
     places = [block.thread + n * block.threads for n in range(plan.vectors)]
     last = plan.selected // _VECTOR - 1
     loads = [
@@ -88,6 +88,9 @@ def diverge(block: Any, plan: _Plan, query: Any, counts, mass, scores, kl, d) ->
         slopes.append(block.subtract(w, p))
     found = block.multiply(total(3, terms), number(block, math.log(2)))
     block.store_global(block.global_row(kl, query, 1), block.thread, found, block.thread == 0)
+    if d is None:
+        return
+    out = block.global_row(d, query, plan.selected)
     for n, i in enumerate(places):
         block.store4_global(out, i, slopes[_VECTOR * n : _VECTOR * (n + 1)], i <= last)
 
@@ -99,13 +102,14 @@ def _tree(combine, values):
     return values[0]
 
 
-def divergence(counts, mass, scores, *, run=None):
-    """`(kl f32 [queries], d f32 [queries, K])`.
+def divergence(counts, mass, scores, *, with_d: bool = True, run=None):
+    """`[kl f32 [queries]]`, then d, f32 `[queries, K]`, if asked for.
 
     Args:
         counts: i32 `[queries]`, how many keys each has: the first of its slots.
         mass: f32 `[queries, K]`, K a multiple of 4; undefined past the count.
         scores: likewise.
+        with_d: whether d is asked for.
         run: `simt_floats.simulate` to run on the CPU, with race detection.
     """
     plan = _Plan(*mass.shape)
@@ -113,9 +117,8 @@ def divergence(counts, mass, scores, *, run=None):
     def program(block, task, *refs):
         diverge(block, plan, task, *refs)
 
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (counts.shape, mass.shape)]
+    shapes = counts.shape, *[mass.shape] * with_d
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     arrays, sizes = (counts, mass, scores), {"threads": plan.threads, "words": _WORDS}
-    run = run or launch
-    return tuple(
-        run("indexer_loss_divergence", program, results, *arrays, tasks=plan.queries, **sizes)
-    )
+    run, tasks = run or launch, plan.queries
+    return run("indexer_loss_divergence", program, results, *arrays, tasks=tasks, **sizes)

@@ -205,16 +205,15 @@ def _load(plan: _Plan, q, iq, kv, ik, indices, tiles, s: _Shared):
             plgpu.barrier_wait(s.query_read.at[number])
 
 
-def _products(plan: _Plan, number, first, last, meanwhile, phases, s: _Shared):
+def _products(plan: _Plan, number, first, last, phases, s: _Shared):
     """`(kv . q [keys, N], ik . iq [keys, 64], phases)` of a tile.
 
     Args:
         plan: what is static.
         number: which tile, of all of this CTA.
         first, last: whether this warpgroup has none of the query before, or after.
-        meanwhile: what to do while the last products run; iq is there.
         phases: of the landing.
-        s: what is shared.
+        s: what is shared. The last part of the query is still needed afterwards.
     """
     role, parts = lax.rem(number, jnp.int32(2)), plan.parts
     slots = [lax.rem(number * len(parts) + i, jnp.int32(plan.slots)) for i in range(len(parts))]
@@ -231,7 +230,8 @@ def _products(plan: _Plan, number, first, last, meanwhile, phases, s: _Shared):
 
     def free(i):
         plgpu.barrier_arrive(s.freed.at[slots[i]])
-        plgpu.barrier_arrive(s.query_read.at[i], predicate=last)
+        if i + 1 < len(parts):
+            plgpu.barrier_arrive(s.query_read.at[i], predicate=last)
 
     for i, part in enumerate(parts):
         steps.append(functools.partial(wait, i, phases))
@@ -240,7 +240,6 @@ def _products(plan: _Plan, number, first, last, meanwhile, phases, s: _Shared):
         if i:
             steps += [Until(1), functools.partial(free, i - 1)]
         phases = Landing.next(slots[i] + plan.slots * role, phases)
-    steps.append(meanwhile)
     zeros = [
         plgpu.layout_cast(jnp.zeros((KEYS, columns), jnp.float32), plgpu.Layout.WGMMA)
         for columns in (plan.heads, INDEX_HEADS)
@@ -254,23 +253,17 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, out: _Results, s: _Shared):
     """EVEN or ODD. `lse` is in base 2."""
     column = plgpu.Layout.WGMMA.reduce(0)
 
-    def measure(query, number):
-        @pl.when(number == 0)
-        def _():
-            values = plgpu.load(s.query[-1].at[0], layout=plgpu.Layout.WGMMA)
-            out.sizes.at[query][...] = jnp.abs(values.astype(jnp.float32)).max(axis=1)
+    def measure(query):
+        values = plgpu.load(s.query[-1].at[0], layout=plgpu.Layout.WGMMA)
+        out.sizes.at[query][...] = jnp.abs(values.astype(jnp.float32)).max(axis=1)
+        plgpu.commit_smem()  # the next query's may be written after this
 
     def over_heads(x):
         return lax.broadcast_in_dim(x, (KEYS, x.shape[0]), (1,))
 
     def tile(query, first, before, shift, mine, bound, weight, i, phases):
         j = shift + 2 * i
-        meanwhile = (
-            functools.partial(measure, query, first + j) if out.sizes is not None else lambda: None
-        )
-        dots, index_dots, phases = _products(
-            plan, before + j, i == 0, i == mine - 1, meanwhile, phases, s
-        )
+        dots, index_dots, phases = _products(plan, before + j, i == 0, i == mine - 1, phases, s)
         some = pl.ds((first + j) * KEYS, KEYS)
         found = jnp.exp2(dots * (plan.scale * LOG2E) - over_heads(bound)).sum(axis=1)
         out.mass.at[query, some][...] = found
@@ -292,7 +285,16 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, out: _Results, s: _Shared):
 
         bound, weight = (plgpu.load(x.at[query], layout=column, optimized=False) for x in (lse, iw))
         body = functools.partial(tile, query, first, before, shift, mine, bound, weight)
-        return lax.fori_loop(0, mine, body, phases)
+        phases = lax.fori_loop(0, mine, body, phases)
+
+        @pl.when(mine > 0)
+        def _():
+            # Whoever had the query's first tile.
+            if out.sizes is not None:
+                pl.when(first + shift == 0)(functools.partial(measure, query))
+            plgpu.barrier_arrive(s.query_read.at[len(plan.parts) - 1])
+
+        return phases
 
     if role == EVEN:
         s.landing.initialize()

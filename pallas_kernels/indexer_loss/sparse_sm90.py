@@ -99,7 +99,7 @@ def compare(
     iq, ik, iw, q, kv, lse, indices, *,
     scale, for_gradient: bool = False, sms: int = 132, interpret: Any = None,
 ):  # fmt: skip
-    """`(kl, indices, count and d of Residuals)`, then the rest of it if asked for."""
+    """`[kl]`, then the rest of `Residuals` if asked for."""
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     pads = ((0, 0), (0, 0), (0, -indices.shape[2] % KEYS))
@@ -107,8 +107,8 @@ def compare(
     if 0 in (*indices.shape, rows):
         nothing, none = jnp.zeros(indices.shape, jnp.float32), jnp.zeros((batch, queries))
         words = jnp.zeros((*indices.shape[:2], indices.shape[2] // KEYS, LANES), jnp.int32)
-        more = words, jnp.zeros_like(iw)
-        return none, indices, none.astype(jnp.int32), nothing, *(more if for_gradient else ())
+        rest = indices, none.astype(jnp.int32), nothing, words, jnp.zeros_like(iw)
+        return none, *(rest if for_gradient else ())
     inside = (indices >= 0) & (indices < rows)
     indices, count = ascending(indices, rows), inside.sum(axis=-1, dtype=jnp.int32)
     # More than 128 heads are as many queries with the same keys.
@@ -136,18 +136,19 @@ def compare(
     # One after the other, not as a sum over an axis: it costs no pass of its own then.
     mass = functools.reduce(jnp.add, [mass[:, :, group] for group in range(mass.shape[2])])
     scores, *rest = (x.reshape(batch, queries, split, *x.shape[1:])[:, :, 0] for x in found)
-    kl, d = _diverge(mass, scores, count, interpret)
-    return kl, indices, count, d, *rest
+    kl, *d = _diverge(mass, scores, count, for_gradient, interpret)
+    return kl, *((indices, count, *d, *rest) if for_gradient else ())
 
 
-def _diverge(mass, scores, count, interpret):
-    """`(kl, d)` of queries in batches."""
+def _diverge(mass, scores, count, for_gradient: bool, interpret):
+    """`[kl]`, and d if asked for, of queries in batches."""
     if interpret is not None:
         exists = jnp.arange(mass.shape[-1], dtype=jnp.int32) < count[..., None]
-        return divergence(mass, scores, exists)
-    flat = (x.reshape(-1, x.shape[-1]) for x in (mass, scores))
-    kl, d = vary_like(sparse_divergence_sm90.divergence(count.reshape(-1), *flat), mass)
-    return kl.reshape(count.shape), d.reshape(mass.shape)
+        return divergence(mass, scores, exists)[: 1 + for_gradient]
+    flat = count.reshape(-1), *(x.reshape(-1, x.shape[-1]) for x in (mass, scores))
+    found = sparse_divergence_sm90.divergence(*flat, with_d=for_gradient)
+    kl, *d = vary_like(tuple(found), mass)
+    return kl.reshape(count.shape), *(x.reshape(mass.shape) for x in d)
 
 
 def divergence(mass, scores, exists):

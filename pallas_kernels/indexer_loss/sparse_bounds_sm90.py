@@ -74,16 +74,17 @@ def raise_bounds(block: Any, plan: _Plan, task: Any, first, factors, d, indices,
     def take(unit, carry):
         pieces = pl.cdiv(plan.selected, _SLOTS)
         query = _word(block, first, 0) + unit // pieces
-        query = block.minimum(query, plan.total - 1)  # past the last: this one, again
+        # Past the last query, or a query's last slots: these again, which raises nothing.
+        query = block.minimum(query, plan.total - 1)
         factor, offset = _word(block, factors, query), query // plan.queries * plan.rows - begin
         places = [unit % pieces * (_SLOTS // 4) + n * WARP + block.lane for n in range(_LOADS)]
         last = plan.selected // 4 - 1
         rows = [block.own_row(x, query, plan.selected) for x in (indices, d)]
         loads = [[block.load4_global(x, block.minimum(i, last)) for i in places] for x in rows]
-        for i, picked, slopes in zip(places, *loads, strict=True):
+        for picked, slopes in zip(*loads, strict=True):
             for index, slope in zip(picked, slopes, strict=True):
                 key, bound = index + offset, block.multiply(slope, factor) & 0x7FFFFFFF
-                where = (i <= last) & (index < plan.rows) & (key < plan.size)
+                where = (index < plan.rows) & (key < plan.size)
                 block.raise_word(table, key, bound, where)
         return carry
 

@@ -73,6 +73,7 @@ def test_value_and_gradient(monkeypatch):
     assert no_races()
     g = normal(np.random.default_rng(1), 2, 3, dtype=jnp.float32)
     residuals = sparse_sm90.Residuals(iq, ik, iw, *rest)
+    np.testing.assert_array_equal(residuals.sizes, jnp.abs(iq).max(axis=-1))
     exact = oracle.indexer_kl_sparse(iq, ik, iw, q, kv, indices, scale=SCALE)
     # fp32 sums of terms as large as a few nats; the attention's lse, too, is fp32.
     np.testing.assert_allclose(kl, exact, rtol=3e-6, atol=3e-6)

@@ -91,9 +91,12 @@ def gradients(
     indices = ascending(indices.reshape(batch * queries, -1), rows)
     indices = jnp.repeat(indices, split, axis=0)
     total, selected = indices.shape
+    # Keys come first: two tiles hold one where they begin with one. Without any, two are taken.
+    pairs = jnp.sum(indices[:, ::TILES] < rows, axis=-1, dtype=jnp.int32)
     window, part = _even(total, max(1, window * split), sms), share_columns(width)
     call = _Call(
         arrays=(*(by_query(x) for x in (q, dout, out, lse, dlse)), kv.reshape(-1, width), indices),
+        tiles=2 * jnp.maximum(pairs, 1),
         # The kernels write these two: nothing has to be there before.
         dq=jax.new_ref(lax.empty((total, some, width), q.dtype)),
         added=jax.new_ref(lax.empty((width // part, window * selected, part), q.dtype)),
@@ -154,6 +157,7 @@ class _Call:
     """What the windows of a call have in common. Queries are those of all rows of the batch."""
 
     arrays: tuple[Any, ...]  # q, dO, O, lse in base 2, dlse, by query and head; keys; selections
+    tiles: Any  # of 64 keys: how many of each query the kernels take
     dq: Any  # a ref
     added: Any  # a ref: rows of a window
     sums: Any  # a ref: dKV
@@ -172,15 +176,17 @@ class _Call:
         q, dout, out, lse, dlse, kv, indices = self.arrays
         start, places = first.reshape(1), {"queries": self.queries, "rows": self.rows}
         weights, dscores = weights_and_sums_sm90.weights_and_sums(
-            start, q, dout, out, lse, dlse, kv, indices,
+            start, q, dout, out, lse, dlse, kv, indices, self.tiles,
             self.added, before.pairs, before.keys, before.beside_weights, self.sums,
             scale=self.scale, **places, **self.options,
         )  # fmt: skip
-        rows_sm90.rows_of_queries(start, q, dout, weights, dscores, self.added, **self.options)
+        rows_sm90.rows_of_queries(
+            start, q, dout, self.tiles, weights, dscores, self.added, **self.options
+        )
         lists = self._lists(first)
         self._sum(lists, lists.alone)
         dq_sm90.dq_of_queries(
-            start, kv, indices, dscores,
+            start, kv, indices, self.tiles, dscores,
             self.added, lists.pairs, lists.keys, lists.beside_dq, self.sums, self.dq,
             **places, **self.options,
         )  # fmt: skip

@@ -40,7 +40,7 @@ from pallas_kernels.sparse_attention.backward_lists import ascending, pairs_by_k
 from pallas_kernels.sparse_attention.backward_shares import share_columns
 from pallas_kernels.tiling import vary_like
 
-TILES = 128  # selected keys, of which the kernels take two tiles at a time
+KEYS = 64  # of a tile
 # A window costs a pass over dKV in fp32 and the ends of three kernels, so that few are better.
 WORKSPACE_BYTES = 4 * 2**30
 L2_BYTES = 50 * 2**20
@@ -58,7 +58,7 @@ def backward(
     """Gradients of q and kv, in their dtypes or that of kv in another; it is added up in fp32."""
     _, _, heads, width = q.shape
     # P, dS and the rows in bf16, two lists in i32. Heads are padded, and split above 128.
-    selected, padded = -(-indices.shape[2] // TILES) * TILES, -(-heads // 64) * 64
+    selected, padded = -(-indices.shape[2] // KEYS) * KEYS, -(-heads // 64) * 64
     per_query = selected * (2 * 2 * padded + (2 * width + 8) * -(-heads // 128))
     window = max(workspace_bytes, WORKSPACE_BYTES) // per_query
     dq, dkv = gradients(q, kv, indices, out, lse, dout, dlse, scale=scale, window=window)
@@ -87,16 +87,16 @@ def gradients(
         x = jnp.pad(x, [(0, 0), (0, 0), (0, some * split - heads)] + [(0, 0)] * (x.ndim - 3))
         return x.reshape(batch * queries * split, some, *x.shape[3:])
 
-    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % TILES)), constant_values=-1)
+    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % KEYS)), constant_values=-1)
     indices = ascending(indices.reshape(batch * queries, -1), rows)
     indices = jnp.repeat(indices, split, axis=0)
     total, selected = indices.shape
-    # Keys come first: two tiles hold one where they begin with one. Without any, two are taken.
-    pairs = jnp.sum(indices[:, ::TILES] < rows, axis=-1, dtype=jnp.int32)
+    # Keys come first: a tile holds some if it begins with one. A query without any has one tile.
+    tiles = jnp.sum(indices[:, ::KEYS] < rows, axis=-1, dtype=jnp.int32)
     window, part = _even(total, max(1, window * split), sms), share_columns(width)
     call = _Call(
         arrays=(*(by_query(x) for x in (q, dout, out, lse, dlse)), kv.reshape(-1, width), indices),
-        tiles=2 * jnp.maximum(pairs, 1),
+        tiles=jnp.maximum(tiles, 1),
         # The kernels write these two: nothing has to be there before.
         dq=jax.new_ref(lax.empty((total, some, width), q.dtype)),
         added=jax.new_ref(lax.empty((width // part, window * selected, part), q.dtype)),

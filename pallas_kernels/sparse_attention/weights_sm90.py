@@ -160,6 +160,7 @@ def load(plan: Plan, first, q, dout, out, kv, indices, tiles, s: Shared):
         slot, filled, index_slot = carry
         query, heads = first + plan.query(work), plan.heads(work)
         count = tiles[query]
+        fetch_indices(query, 0, count, index_slot)
         for table, width in ((q, plan.width), (dout, plan.values), (out, plan.values)):
             for number in range(len(plan.chunks(width))):
                 start = number * plan.part if table is q else plan.value_start(number)
@@ -167,8 +168,6 @@ def load(plan: Plan, first, q, dout, out, kv, indices, tiles, s: Shared):
                 after = acquire(slot, filled)
                 plgpu.copy_gmem_to_smem(source, s.ring.at[slot], s.query_full.at[slot])
                 slot, filled = after
-                if table is q and number == 0:  # not before: `count` arrives during the wait
-                    fetch_indices(query, 0, count, index_slot)
 
         def tile(j, carry):
             slot, filled, index_slot = carry

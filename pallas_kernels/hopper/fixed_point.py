@@ -68,8 +68,9 @@ def to_floats(sums, one):
 
 def _borrowed(words):
     """The high word of hi 2^32 + lo is hi - 1 where lo < 0: by how much it is short."""
-    odd = jnp.arange(words.shape[-1]) % 2 == 1
-    return (odd & (jnp.roll(words, 1, axis=-1) < 0)).astype(jnp.int32)
+    odd = jnp.arange(words.shape[-1], dtype=jnp.int32) % 2
+    before = lax.pad(words, jnp.int32(0), [(0, 0, 0)] * (words.ndim - 1) + [(1, -1, 0)])
+    return odd * -(before >> 31)
 
 
 def look_up(table, keys, interpret: bool):

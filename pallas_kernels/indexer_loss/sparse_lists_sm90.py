@@ -18,17 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.simt import U32, SimtBlock
-from pallas_kernels.hopper.simt_model import ModelBlock
+from pallas_kernels.hopper import simt_floats
 
 KEY_BITS = 6
 BLOCK = 1 << KEY_BITS  # keys
@@ -135,13 +130,21 @@ def pairs_by_block(first, counts, indices, *, window, queries, rows, blocks, sim
     """
     total, selected = indices.shape
     plan = _Plan(window, total, queries, rows, selected, blocks)
-    run: Callable[..., Any] = _simulate if simulate else _launch
     given = first, counts, indices
-    starts = run("indexer_loss_find_starts", find_starts, plan, (window, blocks + 1), *given)
+
+    def run(name, program, shape, *arrays):
+        def lanes(block, task, *refs):
+            program(block, plan, task, *refs)
+
+        result = jax.ShapeDtypeStruct(shape, jnp.int32)
+        runner = simt_floats.simulate if simulate else simt_floats.launch
+        return runner(name, lanes, [result], *arrays, tasks=window, threads=THREADS)[0]
+
+    starts = run("indexer_loss_find_starts", find_starts, (window, blocks + 1), *given)
     first_tile, tile_count, places, ends = _places(starts)
     length = (window * selected // PAIRS + blocks) * PAIRS
     name = "indexer_loss_place_pairs"
-    return first_tile, tile_count, run(name, place_pairs, plan, (length,), *given, places, ends)
+    return first_tile, tile_count, run(name, place_pairs, (length,), *given, places, ends)
 
 
 def max_window(selected: int) -> int:
@@ -183,42 +186,3 @@ def twin(first, counts, indices, *, window, queries, rows, blocks):
     listed = jnp.full((length,), -1, jnp.int32)
     listed = listed.at[position].set(pair * BLOCK + keys % BLOCK, mode="drop")
     return first_tile, tile_count, listed
-
-
-def _launch(name: str, program: Callable, plan: _Plan, shape: tuple, *arrays: jax.Array):
-    """Runs a program on the GPU, a CTA a query; the result is i32."""
-    references = [plgpu.RefType()] * (len(arrays) + 2)
-
-    def body(*refs):
-        @plgpu.inline_mgpu(arg_types=(*references, plgpu.Layout.WG_SPLAT))
-        def lanes(_, *refs_and_task):
-            *refs, scratch, task = refs_and_task
-            program(SimtBlock(THREADS, scratch), plan, U32(task.registers.item()), *refs)
-
-        lanes(*refs, lax.axis_index("task"))
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(shape, jnp.int32),
-        scratch_types=[plgpu.SMEM((4,), jnp.int32)],
-        grid=(plan.window,),
-        grid_names=("task",),
-        num_threads=THREADS // 128,
-        thread_name="warpgroup",
-        kernel_name=name,
-        # The program speaks of single lanes; nothing here needs layout inference.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0
-        ),
-    )(*arrays)
-
-
-def _simulate(name: str, program: Callable, plan: _Plan, shape: tuple, *arrays):
-    """Runs a program on the CPU; the result is poisoned first."""
-    del name
-    result = np.full(np.prod(shape), -9, np.int32)
-    flat = [np.ascontiguousarray(array).ravel() for array in arrays]
-    for task in range(plan.window):
-        block = ModelBlock(THREADS, 4)
-        program(block, plan, block.constant(task), *flat, result)
-    return result.reshape(shape)

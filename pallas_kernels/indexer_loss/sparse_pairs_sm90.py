@@ -6,7 +6,9 @@
     mass[t, k]  = sum_n exp(scale q[t, n] . kv[s] - lse[t, n])        s = indices[t, k]
     score[t, k] = sum_i iw[t, i] relu(iq[t, i] . ik[s])
 
-and, for the gradient, which of the products of score are positive: a bit each.
+and, for the gradient, which of the products of score are positive, a bit each, and how large iq is:
+
+    size[t, i]  = max_h |iq[t, i, h]|
 
 A CTA works through queries for its whole life. The gathered keys are the 64 rows of a product, all
 heads of the query its columns: so a key is gathered once, and the sum over heads stays within the
@@ -126,6 +128,15 @@ class _Shared:
     landing: Landing  # of a slot's part for EVEN, then for ODD: who waits must never miss one
 
 
+class _Results(NamedTuple):
+    """What the kernel writes; the last two if asked for."""
+
+    mass: Any
+    scores: Any
+    positive: Any = None
+    sizes: Any = None
+
+
 def _load(plan: _Plan, q, iq, kv, ik, indices, tiles, s: _Shared):
     """LOADER."""
 
@@ -202,7 +213,7 @@ def _products(plan: _Plan, number, first, last, phases, s: _Shared):
         number: which tile, of all of this CTA.
         first, last: whether this warpgroup has none of the query before, or after.
         phases: of the landing.
-        s: what is shared.
+        s: what is shared. The last part of the query is still needed afterwards.
     """
     role, parts = lax.rem(number, jnp.int32(2)), plan.parts
     slots = [lax.rem(number * len(parts) + i, jnp.int32(plan.slots)) for i in range(len(parts))]
@@ -219,7 +230,8 @@ def _products(plan: _Plan, number, first, last, phases, s: _Shared):
 
     def free(i):
         plgpu.barrier_arrive(s.freed.at[slots[i]])
-        plgpu.barrier_arrive(s.query_read.at[i], predicate=last)
+        if i + 1 < len(parts):
+            plgpu.barrier_arrive(s.query_read.at[i], predicate=last)
 
     for i, part in enumerate(parts):
         steps.append(functools.partial(wait, i, phases))
@@ -237,9 +249,14 @@ def _products(plan: _Plan, number, first, last, phases, s: _Shared):
     return found, index_found, phases
 
 
-def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, positive, s: _Shared):
+def _weigh(plan: _Plan, role: int, lse, iw, tiles, out: _Results, s: _Shared):
     """EVEN or ODD. `lse` is in base 2."""
     column = plgpu.Layout.WGMMA.reduce(0)
+
+    def measure(query):
+        values = plgpu.load(s.query[-1].at[0], layout=plgpu.Layout.WGMMA)
+        out.sizes.at[query][...] = jnp.abs(values.astype(jnp.float32)).max(axis=1)
+        plgpu.commit_smem()  # the next query's may be written after this
 
     def over_heads(x):
         return lax.broadcast_in_dim(x, (KEYS, x.shape[0]), (1,))
@@ -249,11 +266,11 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, positive, s: _S
         dots, index_dots, phases = _products(plan, before + j, i == 0, i == mine - 1, phases, s)
         some = pl.ds((first + j) * KEYS, KEYS)
         found = jnp.exp2(dots * (plan.scale * LOG2E) - over_heads(bound)).sum(axis=1)
-        mass.at[query, some][...] = found
+        out.mass.at[query, some][...] = found
         found = (jnp.maximum(index_dots, 0.0) * over_heads(weight)).sum(axis=1)
-        scores.at[query, some][...] = found
-        if positive is not None:
-            positive.at[query, first + j][...] = signs.pack(index_dots, plan.interpret)
+        out.scores.at[query, some][...] = found
+        if out.positive is not None:
+            out.positive.at[query, first + j][...] = signs.pack(index_dots, plan.interpret)
         return phases
 
     def work_item(query, first, count, before, phases):
@@ -268,7 +285,16 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, positive, s: _S
 
         bound, weight = (plgpu.load(x.at[query], layout=column, optimized=False) for x in (lse, iw))
         body = functools.partial(tile, query, first, before, shift, mine, bound, weight)
-        return lax.fori_loop(0, mine, body, phases)
+        phases = lax.fori_loop(0, mine, body, phases)
+
+        @pl.when(mine > 0)
+        def _():
+            # Whoever had the query's first tile.
+            if out.sizes is not None:
+                pl.when(first + shift == 0)(functools.partial(measure, query))
+            plgpu.barrier_arrive(s.query_read.at[len(plan.parts) - 1])
+
+        return phases
 
     if role == EVEN:
         s.landing.initialize()
@@ -279,12 +305,12 @@ def _weigh(plan: _Plan, role: int, lse, iw, tiles, mass, scores, positive, s: _S
 
 def pairs(
     q, iq, kv, ik, lse, iw, indices, tiles, *,
-    queries, rows, scale, sms, keep_signs, interpret=None,
+    queries, rows, scale, sms, for_gradient, interpret=None,
 ):  # fmt: skip
     """`[mass, score]`, f32 `[all queries, K]`; undefined where no key is selected.
 
-    Then, if asked for, i32 `[all queries, K / 64, 128]` of `signs.pack`; undefined in tiles without
-    a key.
+    Then, if asked for, i32 `[all queries, K / 64, 128]` of `signs.pack`, undefined in tiles without
+    a key; and the sizes, f32 `[all queries, 64]`.
 
     Args:
         q: bf16 `[all queries, N, C + R]`, N 64 or 128.
@@ -299,7 +325,7 @@ def pairs(
         rows: S of a batch row.
         scale: of the attention's scores.
         sms: CTAs.
-        keep_signs: whether to.
+        for_gradient: whether its signs and sizes are asked for.
         interpret: parameters of interpret mode, or None.
     """
     total, heads, width = q.shape
@@ -320,19 +346,22 @@ def pairs(
 
     def assign(q, iq, kv, ik, lse, iw, indices, tiles, *out, **shared):
         s = _Shared(**shared)
-        mass, scores, positive = [*out, None][:3]
+        weigh, out = functools.partial(_weigh, plan), _Results(*out)
         return (
-            lambda: _weigh(plan, EVEN, lse, iw, tiles, mass, scores, positive, s),
-            lambda: _weigh(plan, ODD, lse, iw, tiles, mass, scores, positive, s),
+            lambda: weigh(EVEN, lse, iw, tiles, out, s),
+            lambda: weigh(ODD, lse, iw, tiles, out, s),
             lambda: _load(plan, q, iq, kv, ik, indices, tiles, s),
         )
 
-    words = jax.ShapeDtypeStruct((total, indices.shape[1] // KEYS, LANES), jnp.int32)
+    results = [jax.ShapeDtypeStruct(indices.shape, jnp.float32)] * 2
+    if for_gradient:
+        words = jax.ShapeDtypeStruct((total, indices.shape[1] // KEYS, LANES), jnp.int32)
+        results += [words, jax.ShapeDtypeStruct((total, INDEX_HEADS), jnp.float32)]
     return roles.kernel(
         "indexer_loss_pairs",
         assign,
         _REGISTERS,
-        out_type=[jax.ShapeDtypeStruct(indices.shape, jnp.float32)] * 2 + [words] * keep_signs,
+        out_type=results,
         scratch_types={
             "query": [
                 tile(1, INDEX_HEADS if part.of_index else heads, part.width) for part in plan.parts

@@ -1,14 +1,17 @@
 """The loss of the sparse stage on Hopper, and its gradient, bit-equal between runs.
 
-    sparse_pairs_sm90      of every query and selected key the attention's mass and the score
-    here, in XLA           kl, and d = softmax(score) - p
-    sparse_gradient_sm90   from g d the gradients of iq and iw, and of dik a row for every pair
+    sparse_pairs_sm90        of every query and selected key the attention's mass and the score
+    sparse_divergence_sm90   kl, and d = softmax(score) - p
+    sparse_gradient_sm90     from g d the gradients of iq and iw, and of dik a row for every pair
 
 Where dik fits the L2, that kernel adds up the rows there, as integers: their sums have no order.
+
+    sparse_bounds_sm90       bounds the rows of each key, for its unit
+
 Elsewhere rows are stored, in bf16, for a window of queries at a time, and
 
-    sparse_lists_sm90      lists which pairs belong to which keys
-    sparse_sums_sm90       adds up the rows of each key in fp32, in the order of the queries
+    sparse_lists_sm90        lists which pairs belong to which keys
+    sparse_sums_sm90         adds up the rows of each key in fp32, in the order of the queries
 
 The forward keeps d and the signs of the indexer's products, three times as large as the selection,
 for the backward: so the target, which costs most, is built once.
@@ -28,6 +31,8 @@ from pallas_kernels.hopper import fixed_point
 from pallas_kernels.hopper.gather import LANES
 from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.indexer_loss import (
+    sparse_bounds_sm90,
+    sparse_divergence_sm90,
     sparse_gradient_sm90,
     sparse_lists_sm90,
     sparse_pairs_sm90,
@@ -71,6 +76,7 @@ class Residuals(NamedTuple):
     count: jax.Array  # i32 [B, T]: how many are inside
     d: jax.Array  # f32 [B, T, K']: the gradient of kl for the scores; 0 where no key is selected
     positive: jax.Array  # i32 [B, T, K' / 64, 128]: of `hopper.signs`, which products are positive
+    sizes: jax.Array  # f32 [B, T, 64]: the largest |iq| of each head
 
 
 def forward(iq, ik, iw, q, kv, lse, indices, *, scale: float, workspace_bytes: int = 0):
@@ -84,16 +90,16 @@ def forward_for_backward(
 ):
     """`(kl [B, T], Residuals)`."""
     del workspace_bytes
-    kl, *rest = compare(iq, ik, iw, q, kv, lse, indices, scale=scale, keep_signs=True)
+    kl, *rest = compare(iq, ik, iw, q, kv, lse, indices, scale=scale, for_gradient=True)
     return kl, Residuals(iq, ik, iw, *rest)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "keep_signs", "sms", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "for_gradient", "sms", "interpret"))
 def compare(
     iq, ik, iw, q, kv, lse, indices, *,
-    scale, keep_signs: bool = False, sms: int = 132, interpret: Any = None,
+    scale, for_gradient: bool = False, sms: int = 132, interpret: Any = None,
 ):  # fmt: skip
-    """`(kl, indices, count and d of Residuals)`, then `positive` if asked for."""
+    """`[kl]`, then the rest of `Residuals` if asked for."""
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     pads = ((0, 0), (0, 0), (0, -indices.shape[2] % KEYS))
@@ -101,7 +107,8 @@ def compare(
     if 0 in (*indices.shape, rows):
         nothing, none = jnp.zeros(indices.shape, jnp.float32), jnp.zeros((batch, queries))
         words = jnp.zeros((*indices.shape[:2], indices.shape[2] // KEYS, LANES), jnp.int32)
-        return none, indices, none.astype(jnp.int32), nothing, *[words] * keep_signs
+        rest = indices, none.astype(jnp.int32), nothing, words, jnp.zeros_like(iw)
+        return none, *(rest if for_gradient else ())
     inside = (indices >= 0) & (indices < rows)
     indices, count = ascending(indices, rows), inside.sum(axis=-1, dtype=jnp.int32)
     # More than 128 heads are as many queries with the same keys.
@@ -121,20 +128,31 @@ def compare(
     found = sparse_pairs_sm90.pairs(
         by_query(q, 0), repeat(iq), kv.reshape(-1, width), ik.reshape(-1, ik.shape[-1]),
         lse, repeat(iw), repeat(indices), repeat(_tiles(count)),
-        queries=queries * split, rows=rows, scale=scale, sms=sms, keep_signs=keep_signs,
-        interpret=interpret,
+        queries=queries * split, rows=rows, scale=scale, sms=sms,
+        for_gradient=for_gradient, interpret=interpret,
     )  # fmt: skip
     mass, *found = vary_like(tuple(found), (iq, ik, iw, q, kv))
     mass = mass.reshape(batch, queries, -1, mass.shape[-1])
     # One after the other, not as a sum over an axis: it costs no pass of its own then.
     mass = functools.reduce(jnp.add, [mass[:, :, group] for group in range(mass.shape[2])])
-    scores, *positive = (x.reshape(batch, queries, split, *x.shape[1:])[:, :, 0] for x in found)
-    kl, d = divergence(mass, scores, _exists(count, indices))
-    return kl, indices, count, d, *positive
+    scores, *rest = (x.reshape(batch, queries, split, *x.shape[1:])[:, :, 0] for x in found)
+    kl, *d = _diverge(mass, scores, count, for_gradient, interpret)
+    return kl, *((indices, count, *d, *rest) if for_gradient else ())
+
+
+def _diverge(mass, scores, count, for_gradient: bool, interpret):
+    """`[kl]`, and d if asked for, of queries in batches."""
+    if interpret is not None:
+        exists = jnp.arange(mass.shape[-1], dtype=jnp.int32) < count[..., None]
+        return divergence(mass, scores, exists)[: 1 + for_gradient]
+    flat = count.reshape(-1), *(x.reshape(-1, x.shape[-1]) for x in (mass, scores))
+    found = sparse_divergence_sm90.divergence(*flat, with_d=for_gradient)
+    kl, *d = vary_like(tuple(found), mass)
+    return kl.reshape(count.shape), *(x.reshape(mass.shape) for x in d)
 
 
 def divergence(mass, scores, exists):
-    """`(kl, d)` as in `reference`, with three passes over what is as large as the selection."""
+    """The twin of `sparse_divergence_sm90`."""
     total = jnp.where(exists, mass, 0.0).sum(axis=-1, keepdims=True)
     top = jnp.where(exists, scores, -jnp.inf).max(axis=-1, keepdims=True)
     weights = jnp.where(exists, jnp.exp(scores - top), 0.0).sum(axis=-1, keepdims=True)
@@ -164,7 +182,7 @@ def gradients(
     window: int, dik_dtype: Any = None, sms: int = 132, interpret: Any = None,
 ):  # fmt: skip
     """The gradients, with at most so many queries in a window."""
-    iq, ik, iw, indices, count, d, positive = residuals
+    iq, ik, iw, indices, count, d, positive, sizes = residuals
     dik_dtype = dik_dtype or ik.dtype
     batch, queries, heads, width = iq.shape
     rows = ik.shape[1]
@@ -176,6 +194,8 @@ def gradients(
     )
     arrays = iq.reshape(total, heads, width), ik.reshape(-1, width), iw.reshape(total, heads)
     arrays = *arrays, d, positive, g, indices, _tiles(count)
+    # More than the products' factors gain as they are rounded to bf16.
+    factors = (1 + 2**-6) * jnp.abs(g) * (jnp.abs(iw) * sizes).sum(axis=-1).reshape(total)
     blocks = -(-batch * rows // BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
     window = min(max(1, window), total, sparse_lists_sm90.max_window(d.shape[1]))
@@ -187,15 +207,16 @@ def gradients(
 
     def step(dik, first):
         if sums is None:
-            more, diq, diw = _added(plan, first, arrays, interpret)
-            return dik + more, (diq, diw)
+            more, diq, diw = _added(plan, first, arrays, factors, interpret)
+            return more if dik is None else dik + more, (diq, diw)
         return dik, _stored(plan, first, arrays, count, sums, interpret)
 
     firsts = jnp.arange(0, total, window, dtype=jnp.int32)
-    nothing = vary_like(jnp.zeros((batch * rows, width) if cached else (), jnp.float32), residuals)
     if len(firsts) == 1:
-        dik, results = step(nothing, firsts[0])
+        dik, results = step(None, firsts[0])
     else:
+        shape = (batch * rows, width) if cached else ()
+        nothing = vary_like(jnp.zeros(shape, jnp.float32), residuals)
         dik, results = lax.scan(step, nothing, firsts)
     if sums is not None:
         dik = jax.freeze(sums).sum(axis=0)[: batch * rows]
@@ -217,10 +238,9 @@ class _Plan(NamedTuple):
     window: int  # queries of it
     sms: int
 
-    def sizes(self, interpret):
-        """For the kernel."""
-        some = {"queries": self.queries, "rows": self.rows, "window": self.window}
-        return {**some, "sms": self.sms, "interpret": interpret}
+    def sizes(self):
+        """For the kernels."""
+        return {"queries": self.queries, "rows": self.rows, "window": self.window}
 
 
 def in_cache(size: int) -> bool:
@@ -228,42 +248,55 @@ def in_cache(size: int) -> bool:
     return 4 * size <= CACHE_BYTES
 
 
-def _added(plan: _Plan, first, arrays, interpret):
+def _added(plan: _Plan, first, arrays, factors, interpret):
     """`(dik f32 [batch x S, H], diq, diw)` of a window."""
-    per_one, one = fixed_point.units(_largest(first, arrays, plan), plan.window)
+    per_one, one = fixed_point.units(_bounds(first, arrays, factors, plan, interpret), plan.window)
     sums = jax.new_ref(jnp.zeros((plan.keys, arrays[0].shape[-1]), jnp.int32))
     diq, diw = sparse_gradient_sm90.gradient(
-        first.reshape(1), *arrays, per_one=per_one, sums=sums, **plan.sizes(interpret)
+        first.reshape(1),
+        *arrays,
+        per_one=per_one,
+        sums=sums,
+        **plan.sizes(),
+        sms=plan.sms,
+        interpret=interpret,
     )
     return fixed_point.to_floats(jax.freeze(sums), one), diq, diw
 
 
 def _stored(plan: _Plan, first, arrays, count, sums, interpret):
     """`(diq, diw)` of a window; adds its part of dik to `sums`."""
-    first, sizes = first.reshape(1), plan.sizes(interpret)
-    rows, *results = sparse_gradient_sm90.gradient(first, *arrays, **sizes)
-    del sizes["sms"], sizes["interpret"]
+    first, sizes = first.reshape(1), plan.sizes()
+    on = {"sms": plan.sms, "interpret": interpret}
+    rows, *results = sparse_gradient_sm90.gradient(first, *arrays, **sizes, **on)
     blocks = sums.shape[1] // BLOCK
     lists = _lists(first, count, arrays[-2], interpret, **sizes, blocks=blocks)
     rows = rows.reshape(-1, rows.shape[-1])
-    sparse_sums_sm90.sum_rows(first, rows, *lists, sums, sms=plan.sms, interpret=interpret)
+    sparse_sums_sm90.sum_rows(first, rows, *lists, sums, **on)
     return tuple(results)
 
 
-def _largest(first, arrays, plan: _Plan):
+def _bounds(first, arrays, factors, plan: _Plan, interpret):
     """A bound on what any query of a window adds to each key, f32 `[batch x S]`."""
-    iq, _, iw, d, _, g, indices, _ = arrays
-    # Where so many do not follow, others before them are looked at, too.
-    numbers = jnp.arange(len(iq), dtype=jnp.int32)
-    iq, iw, d, g, indices, numbers = (
-        lax.dynamic_slice_in_dim(x, first, plan.window) for x in (iq, iw, d, g, indices, numbers)
+    *_, d, _, _, indices, _ = arrays
+    if interpret is not None:
+        return bounds(first, factors, d, indices, plan)
+    found = sparse_bounds_sm90.bounds(
+        first.reshape(1), factors, d, indices, keys=plan.keys, **plan.sizes(), sms=plan.sms
     )
-    heads = (jnp.abs(iw)[..., None] * jnp.abs(iq)).sum(axis=1).max(axis=1)
-    # More than the products' factors gain as they are rounded to bf16.
-    bound = jnp.abs(d * ((1 + 2**-6) * g * heads)[:, None])
+    return vary_like(found, arrays)
+
+
+def bounds(first, factors, d, indices, plan: _Plan):
+    """The twin of `sparse_bounds_sm90`."""
+    # Where so many do not follow, others before them are looked at, too.
+    numbers = jnp.arange(len(d), dtype=jnp.int32)
+    factors, d, indices, numbers = (
+        lax.dynamic_slice_in_dim(x, first, plan.window) for x in (factors, d, indices, numbers)
+    )
+    bits = lax.bitcast_convert_type(jnp.abs(d * factors[:, None]), jnp.int32)
     keys = indices + (numbers // plan.queries * plan.rows)[:, None]
     keys = jnp.where(indices < plan.rows, keys, plan.keys)
-    bits = lax.bitcast_convert_type(bound, jnp.int32)  # they rise as the floats do, NaN above all
     found = vary_like(jnp.zeros((plan.keys,), jnp.int32), bits)
     found = found.at[keys].max(bits, mode="drop")
     return lax.bitcast_convert_type(found, jnp.float32)
@@ -274,11 +307,6 @@ def _lists(first, count, indices, interpret, **sizes):
     if interpret is None:
         return sparse_lists_sm90.pairs_by_block(first, count, indices, **sizes)
     return sparse_lists_sm90.twin(first, count, indices, **sizes)
-
-
-def _exists(count, indices):
-    """Where a key is selected: those that are come first."""
-    return jnp.arange(indices.shape[-1], dtype=jnp.int32) < count[..., None]
 
 
 def _tiles(count):

@@ -37,6 +37,14 @@ def test_units_of_no_numbers():
     assert jnp.isnan(sums[2:]).all()
 
 
+def test_words_to_floats():
+    """Two sums that share 64 bits, the lower of either sign."""
+    low, high = np.random.default_rng().integers(-(2**20), 2**20, (2, 5, 3))
+    words = (high * 2**32 + low).view(np.int32)  # little-endian: the lower comes first
+    found = fixed_point.to_floats(jnp.asarray(words.reshape(5, 6)), jnp.ones(5))
+    np.testing.assert_array_equal(found, np.stack([low, high], axis=-1).reshape(5, 6))
+
+
 def test_sums():
     """The twin against exact sums; the tiles in two orders, the bits alike."""
     rng = np.random.default_rng()

@@ -9,7 +9,14 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Selection, UnsupportedError, indexer_kl_sparse
-from pallas_kernels.indexer_loss import reference, sparse_lists_sm90, sparse_sm90
+from pallas_kernels.hopper import simt_floats
+from pallas_kernels.indexer_loss import (
+    reference,
+    sparse_bounds_sm90,
+    sparse_divergence_sm90,
+    sparse_lists_sm90,
+    sparse_sm90,
+)
 from pallas_kernels.sparse_attention import reference as sparse_attention
 
 SCALE = 0.1
@@ -61,11 +68,12 @@ def test_value_and_gradient(monkeypatch):
     """
     inputs = iq, ik, iw, q, kv, lse, indices = arguments(2, 3, 400, 70, 140, index_width=128)
     kl, *rest = sparse_sm90.compare(
-        *inputs, scale=SCALE, keep_signs=True, sms=4, interpret=interpret()
+        *inputs, scale=SCALE, for_gradient=True, sms=4, interpret=interpret()
     )
     assert no_races()
     g = normal(np.random.default_rng(1), 2, 3, dtype=jnp.float32)
     residuals = sparse_sm90.Residuals(iq, ik, iw, *rest)
+    np.testing.assert_array_equal(residuals.sizes, jnp.abs(iq).max(axis=-1))
     exact = oracle.indexer_kl_sparse(iq, ik, iw, q, kv, indices, scale=SCALE)
     # fp32 sums of terms as large as a few nats; the attention's lse, too, is fp32.
     np.testing.assert_allclose(kl, exact, rtol=3e-6, atol=3e-6)
@@ -94,15 +102,26 @@ def test_target(heads, width):
     np.testing.assert_allclose(kl, exact, rtol=3e-6, atol=3e-6)
 
 
-def test_divergence():
-    """Against the reference's; queries without keys, and one whose heads put no mass on any."""
+@pytest.mark.parametrize(("kernel", "selected"), [(False, 52), (True, 64), (True, 1280)])
+def test_divergence(kernel, selected):
+    """Against the reference's; queries without keys, and one whose heads put no mass on any.
+
+    The twin, and the kernel's program lane by lane.
+    """
     rng = np.random.default_rng(0)
-    mass = jnp.asarray(rng.uniform(0, 2, (2, 4, 50)) ** 8, jnp.float32)
+    mass = jnp.asarray(rng.uniform(0, 2, (2, 4, selected)) ** 8, jnp.float32)
     mass = mass.at[0, 1].set(0.0).at[1, 2, 3:9].set(0.0)
     scores = jnp.asarray(5 * rng.standard_normal(mass.shape), jnp.float32)
-    exists = jnp.arange(50) < jnp.asarray([[50, 20, 0, 1], [7, 33, 50, 2]])[..., None]
+    counts = np.array([[selected, 20, 0, 1], [7, 33, selected - 10, 2]], np.int32)
+    exists = jnp.arange(selected) < counts[..., None]
     mass, scores = (jnp.where(exists, x, jnp.nan) for x in (mass, scores))
-    kl, d = sparse_sm90.divergence(mass, scores, exists)
+    if kernel:
+        flat = (np.asarray(x).reshape(-1, selected) for x in (mass, scores))
+        run = simt_floats.simulate
+        found = sparse_divergence_sm90.divergence(counts.reshape(-1), *flat, run=run)
+        kl, d = (x.reshape(like.shape) for x, like in zip(found, (counts, mass), strict=True))
+    else:
+        kl, d = sparse_sm90.divergence(mass, scores, exists)
     known, real = jnp.where(exists, mass, 0.0), jnp.where(exists, scores, 0.0)
     p = reference.normalised(known)
     np.testing.assert_allclose(kl, reference.divergence(p, real, exists), rtol=1e-5, atol=1e-6)
@@ -133,34 +152,52 @@ def test_lists(first):
     assert (entries >= 0).sum() == counts[first : first + 4].sum()
 
 
+def test_no_numbers():
+    """What is not finite spoils its query, and no other."""
+    mass, scores, counts = np.ones((6, 64), np.float32), np.ones((6, 64), np.float32), [64] * 6
+    mass[1, 3], mass[2, 3], scores[3, 3], scores[4, 3] = np.inf, np.nan, np.inf, np.nan
+    mass[5, 3:7], scores[5] = 2, np.arange(64)
+    counts = np.array(counts, np.int32)
+    found = sparse_divergence_sm90.divergence(counts, mass, scores, run=simt_floats.simulate)
+    want = sparse_sm90.divergence(jnp.asarray(mass), jnp.asarray(scores), mass == mass)
+    for one, other in zip(found, map(np.asarray, want), strict=True):
+        np.testing.assert_allclose(one[[0, 5]], other[[0, 5]], rtol=1e-5, atol=1e-6)
+    assert not np.isfinite(found[1][[1, 3, 4]]).all(axis=1).any()
+
+
 @pytest.mark.parametrize("first", [0, 3])
-def test_bounds_of_rows(first):
-    """No row of a query of the window is larger than its key's bound, nor much smaller than all."""
+@pytest.mark.parametrize("table", [4096, None])
+def test_bounds_of_rows(first, table, monkeypatch):
+    """The twin, and the kernel's program lane by lane; one table of the keys, and two."""
     rng = np.random.default_rng()
-    batch, queries, keys, selected, window = 2, 3, 50, 64, 3
+    batch, queries, keys, selected, window = 2, 3, 2100, 640, 3
     total = batch * queries
-    iq, iw = normal(rng, total, 64, 128), normal(rng, total, 64, dtype=jnp.float32)
+    if table:
+        monkeypatch.setattr(sparse_bounds_sm90, "TABLE", table)
     d = normal(rng, total, selected, dtype=jnp.float32)
     g = np.array([0, 1e-9, 1, 1e9, -1, 1e30], np.float32)
     indices = np.full((total, selected), keys, np.int32)
-    for row, count in enumerate([40, 3, 50, 20, 0, 1]):
+    for row, count in enumerate([40, 3, selected, 20, 0, 1]):
         indices[row, :count] = np.sort(rng.choice(keys, count, replace=False))
     d = jnp.where(indices < keys, d, 0.0)
     if first == 0:
         g[0] = np.nan  # of a query with fewer keys than slots
-    arrays = iq, None, iw, d, None, jnp.asarray(g), jnp.asarray(indices), None
-    plan = sparse_sm90._Plan(queries, keys, batch * keys, window, 132)
-    found = np.asarray(sparse_sm90._largest(jnp.int32(first), arrays, plan))
+    plan = sparse_sm90._Plan(queries, keys, batch * keys, window, 4)
+    twin = sparse_sm90.bounds(jnp.int32(first), jnp.asarray(g), d, jnp.asarray(indices), plan)
+    given = np.array([first], np.int32), g, np.asarray(d), indices
+    found = sparse_bounds_sm90.bounds(
+        *given, keys=plan.keys, **plan.sizes(), sms=4, threads=128, run=simt_floats.simulate
+    )
+    np.testing.assert_array_equal(found, twin)
     want = np.zeros(batch * keys)
-    weights = (np.abs(iw)[..., None] * np.abs(np.float32(iq))).sum(axis=1).max(axis=1)
     for t in range(first, first + window):
         for k, s in enumerate(indices[t][indices[t] < keys]):
             key = t // queries * keys + s
-            bound = np.abs(np.float64(g[t]) * d[t, k]) * weights[t]
+            bound = np.abs(g[t] * d[t, k])
             want[key] = np.maximum(want[key], bound)  # NaN stays
     if first == 0:
         assert np.isnan(want).sum() == 40
-    np.testing.assert_allclose(found, want * (1 + 2**-6), rtol=1e-5)
+    np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.parametrize(

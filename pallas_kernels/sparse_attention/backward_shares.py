@@ -76,7 +76,6 @@ class SharePlan:
     """The static numbers of a call whose grid is shares of the columns and lanes of queries."""
 
     width: int  # C + R
-    tiles: int  # of 64 selected keys, at most
     window: int  # queries of a call, at most
     total: int  # queries of all calls
     lanes: int  # CTAs of a share

@@ -7,6 +7,9 @@ What is computed, for a window of queries after another, as many as the workspac
     rows_sm90       for every query and selected key the row dS^T Q + P^T dO, in bf16
     add_rows        dKV: the rows of each key added up in fp32, in the order of the queries
 
+A query takes as many tiles of 64 as hold its keys; the others of P and dS, and their rows, are
+undefined.
+
 The sums are no kernel of their own: a warpgroup in the CTAs of dQ adds up the first part of a
 window's rows, and one in the CTAs of P and dS of the next window the rest. The products keep the
 tensor core busy, the sums wait for the memory.
@@ -157,7 +160,7 @@ class _Call:
     """What the windows of a call have in common. Queries are those of all rows of the batch."""
 
     arrays: tuple[Any, ...]  # q, dO, O, lse in base 2, dlse, by query and head; keys; selections
-    tiles: Any  # of 64 keys: how many of each query the kernels take
+    tiles: Any  # of 64 keys, how many each query has
     dq: Any  # a ref
     added: Any  # a ref: rows of a window
     sums: Any  # a ref: dKV

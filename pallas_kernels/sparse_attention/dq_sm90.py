@@ -237,7 +237,6 @@ def dq_of_queries(
         rows=rows,
         heads=heads,
         width=width,
-        tiles=indices.shape[-1] // KEYS,
         window=window,
         total=total,
         lanes=_lanes(width, sms),

@@ -51,6 +51,7 @@ class _Plan(SharePlan):
     """The static numbers of a call."""
 
     values: int  # C
+    tiles: int  # of 64 selected keys, at most
 
     def value_columns(self, share: int) -> int:
         return value_columns(share, self.part, self.values)

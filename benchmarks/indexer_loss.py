@@ -1,6 +1,7 @@
 """Times the indexer's losses, value and gradient.
 
 python -m benchmarks.ops indexer_kl_dense indexer_kl_sparse --json FILE
+python -m benchmarks.ops indexer_kl_sparse_training --keys 8192 --json FILE
 """
 
 from __future__ import annotations
@@ -193,24 +194,41 @@ def sparse(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
         yield _sparse(length) | (errors if length in check_at else {})
 
 
+_sparse_loss_by_kernels = jax.jit(functools.partial(_sparse_loss, implementation="mosaic"))
+
+
 @functools.cache
 def _sparse_timing(keys: int) -> Timing:
     """For all that ask: to compile it takes far longer than to time it."""
-    run = functools.partial(_sparse_loss, implementation="mosaic")
-    return device_time(run, _selected_inputs(keys), repeats=10)
+    return device_time(_sparse_loss_by_kernels, _selected_inputs(keys), repeats=10)
 
 
 def _sparse(keys: int) -> dict:
     a = sparse_attention
-    loss = _sparse_timing(keys)
-    flop = 2.0 * a.T * a.K * (a.N * (a.C + a.R) + 3 * 64 * 128)
+    return {"op": "indexer_kl_sparse", **_sparse_figures(keys, a.T * a.K, _sparse_timing(keys))}
+
+
+def _sparse_figures(keys: int, pairs: int, loss: Timing) -> dict:
+    a = sparse_attention
     return {
-        "op": "indexer_kl_sparse",
         "keys": keys,
         "ms": round(loss.median_ms, 4),
-        "tflops": loss.tflops(flop),
+        "tflops": loss.tflops(2.0 * pairs * (a.N * (a.C + a.R) + 3 * 64 * 128)),
         "kernels": {name: round(ms, 3) for name, ms in loss.kernels.items() if ms > 0.02},
     }
+
+
+def sparse_training(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
+    """Value and gradient for the queries of a training step, which are all of its tokens."""
+    del check_at
+    for length in keys:
+        for kind in sparse_attention.TRAINING_KINDS:
+            rows = jnp.asarray(sparse_attention.training_selections(kind, length))
+            x = _sparse_inputs(rows, keys=length, seed=0)
+            x = x._replace(lse=jnp.full_like(x.lse, 9.1))
+            loss = device_time(_sparse_loss_by_kernels, x, repeats=10)
+            figures = _sparse_figures(length, int((rows >= 0).sum()), loss)
+            yield {"op": "indexer_kl_sparse_training", "kind": kind, **figures}
 
 
 def sparse_share(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:

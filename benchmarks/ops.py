@@ -24,10 +24,12 @@ OPS = {
     "indexer_kl_dense": ("benchmarks.indexer_loss:dense", "bf16"),
     "indexer_kl_sparse": ("benchmarks.indexer_loss:sparse", "bf16"),
     "indexer_kl_sparse_share": ("benchmarks.indexer_loss:sparse_share", "bf16"),
+    "indexer_kl_sparse_training": ("benchmarks.indexer_loss:sparse_training", "bf16"),
     "grouped_matmul": ("benchmarks.grouped:products", "bf16"),
     "sparse_attention": ("benchmarks.sparse_attention:forward", "bf16"),
     "sparse_attention_decode": ("benchmarks.sparse_attention:decode", "bf16"),
     "sparse_attention_grad": ("benchmarks.sparse_attention_grad:rows", "bf16"),
+    "sparse_attention_grad_training": ("benchmarks.sparse_attention_grad:training", "bf16"),
 }
 
 

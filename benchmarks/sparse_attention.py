@@ -66,6 +66,27 @@ def recent_selections(rng: np.random.Generator, queries: int, keys: int, selecte
 
 
 SELECTIONS = {"random": random_selections, "recent": recent_selections}
+DOCUMENT = 1024  # tokens of each, where documents are packed
+TRAINING_KINDS = ("full", "causal", "packed")
+
+
+def training_selections(kind: str, length: int) -> np.ndarray:
+    """Ascending indices `[1, length, K]`, then -1; queries are the tokens that keys are of.
+
+    Of a `causal` sequence a random choice of the keys up to the query, or all where there are no
+    more than K; of a `packed` one the same within its document; `full` rows are as if all keys
+    could be seen.
+    """
+    rng = np.random.default_rng(0)
+    if kind == "full":
+        return random_selections(rng, length, length, K)
+    rows = np.full((1, length, K), -1, np.int32)
+    for t in range(length):
+        start = t // DOCUMENT * DOCUMENT if kind == "packed" else 0
+        visible = t + 1 - start
+        some = np.arange(visible) if visible <= K else np.sort(rng.choice(visible, K, False))
+        rows[0, t, : len(some)] = start + some
+    return rows
 
 
 @functools.partial(jax.jit, static_argnames="shape")

@@ -1,9 +1,12 @@
 """The backward of sparse attention on a GPU: checked against fp32, then timed.
 
     python -m benchmarks.ops sparse_attention_grad --json FILE
+    python -m benchmarks.ops sparse_attention_grad_training --keys 8192 --json FILE
 
 FLOPs are counted as five products, 2 T N K (3 (C + R) + 2 C): what recomputing S, and dP, dV, dK
 and dQ take over the selected keys. What is timed is all of it: delta, the lists and the sums too.
+The queries of a training step are all of its tokens; those that see fewer than K keys count with
+what they see.
 """
 
 from __future__ import annotations
@@ -64,30 +67,40 @@ def check(queries: int, heads: int, keys: int, selected: int) -> dict:
 
 
 def arguments(kind: str, keys: int):
-    """Those of `backward` for a kind of selections; always the same.
+    """Those of `backward` for a kind of selections; always the same."""
+    q, kv, selected = forward.arguments(kind, keys)
+    return q, kv, selected, *_given(T)
+
+
+def _given(queries: int):
+    """`(out, lse, dout, dlse)`.
 
     out is any, and lse what it is on average: the forward kernel would take longer to compile than
     all that is timed here.
     """
-    q, kv, selected = forward.arguments(kind, keys)
-    out, dout = (forward.normal(seed, (1, T, N, C)) for seed in (1, 2))
-    lse = jnp.full((1, T, N), math.log(K) + (C + R) * SCALE**2 / 2)
-    return q, kv, selected, out, lse, dout, jnp.zeros_like(lse)
+    out, dout = (forward.normal(seed, (1, queries, N, C)) for seed in (1, 2))
+    lse = jnp.full((1, queries, N), math.log(K) + (C + R) * SCALE**2 / 2)
+    return out, lse, dout, jnp.zeros_like(lse)
 
 
 def measure(kind: str, keys: int) -> dict:
     """The time of one kind of selections, and of its longest kernels."""
-    time = timing.device_time(backward, *arguments(kind, keys), repeats=10)
+    return _timed("sparse_attention_grad", kind, keys, arguments(kind, keys))
+
+
+def _timed(op: str, kind: str, keys: int, given) -> dict:
+    time = timing.device_time(backward, *given, repeats=10)
     largest = sorted(time.kernels.items(), key=lambda item: -item[1])[:6]
+    queries, pairs = given[0].shape[1], int((given[2] >= 0).sum())
     return {
-        "op": "sparse_attention_grad",
+        "op": op,
         "kind": kind,
-        "queries": T,
+        "queries": queries,
         "keys": keys,
         "topk": K,
         "ms": round(time.median_ms, 4),
         "spread_ms": [round(time.min_ms, 4), round(time.max_ms, 4)],
-        "tflops": round(time.tflops(FLOP), 1),
+        "tflops": round(time.tflops(FLOP * pairs / (T * K)), 1),
         "kernels_ms": {name[:40]: round(ms, 3) for name, ms in largest},
     }
 
@@ -103,3 +116,14 @@ def rows(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
     for width in keys:
         for kind in SELECTIONS:
             yield measure(kind, width) | ({"errors": errors} if width in check_at else {})
+
+
+def training(keys: Sequence[int], check_at: Sequence[int]) -> Iterator[dict]:
+    """The queries of a training step, at each number of tokens."""
+    del check_at
+    for length in keys:
+        q, kv = forward.inputs(np.random.default_rng(0), 1, length, N, length)
+        given = _given(length)
+        for kind in forward.TRAINING_KINDS:
+            rows = jnp.asarray(forward.training_selections(kind, length))
+            yield _timed("sparse_attention_grad_training", kind, length, (q, kv, rows, *given))

@@ -37,7 +37,7 @@ def strided_loop(total, body, carry, *, mine, ctas):
     return lax.fori_loop(0, count, lambda i, c: body(mine + i * ctas, c), carry)
 
 
-def swept(number, tile, tiles: int, together: int):
+def swept(number, tile, tiles, together: int):
     """The tile that comes `tile`th in a query: every second time the tiles are taken backwards.
 
     Selections rise, so that queries that are computed at the same time want the same keys at about
@@ -76,7 +76,6 @@ class SharePlan:
     """The static numbers of a call whose grid is shares of the columns and lanes of queries."""
 
     width: int  # C + R
-    tiles: int  # of 64 selected keys
     window: int  # queries of a call, at most
     total: int  # queries of all calls
     lanes: int  # CTAs of a share

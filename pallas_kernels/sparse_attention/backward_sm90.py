@@ -7,6 +7,9 @@ What is computed, for a window of queries after another, as many as the workspac
     rows_sm90       for every query and selected key the row dS^T Q + P^T dO, in bf16
     add_rows        dKV: the rows of each key added up in fp32, in the order of the queries
 
+A query takes as many tiles of 64 as hold its keys; the others of P and dS, and their rows, are
+undefined.
+
 The sums are no kernel of their own: a warpgroup in the CTAs of dQ adds up the first part of a
 window's rows, and one in the CTAs of P and dS of the next window the rest. The products keep the
 tensor core busy, the sums wait for the memory.
@@ -40,7 +43,7 @@ from pallas_kernels.sparse_attention.backward_lists import ascending, pairs_by_k
 from pallas_kernels.sparse_attention.backward_shares import share_columns
 from pallas_kernels.tiling import vary_like
 
-TILES = 128  # selected keys, of which the kernels take two tiles at a time
+KEYS = 64  # of a tile
 # A window costs a pass over dKV in fp32 and the ends of three kernels, so that few are better.
 WORKSPACE_BYTES = 4 * 2**30
 L2_BYTES = 50 * 2**20
@@ -58,7 +61,7 @@ def backward(
     """Gradients of q and kv, in their dtypes or that of kv in another; it is added up in fp32."""
     _, _, heads, width = q.shape
     # P, dS and the rows in bf16, two lists in i32. Heads are padded, and split above 128.
-    selected, padded = -(-indices.shape[2] // TILES) * TILES, -(-heads // 64) * 64
+    selected, padded = -(-indices.shape[2] // KEYS) * KEYS, -(-heads // 64) * 64
     per_query = selected * (2 * 2 * padded + (2 * width + 8) * -(-heads // 128))
     window = max(workspace_bytes, WORKSPACE_BYTES) // per_query
     dq, dkv = gradients(q, kv, indices, out, lse, dout, dlse, scale=scale, window=window)
@@ -87,13 +90,16 @@ def gradients(
         x = jnp.pad(x, [(0, 0), (0, 0), (0, some * split - heads)] + [(0, 0)] * (x.ndim - 3))
         return x.reshape(batch * queries * split, some, *x.shape[3:])
 
-    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % TILES)), constant_values=-1)
+    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % KEYS)), constant_values=-1)
     indices = ascending(indices.reshape(batch * queries, -1), rows)
     indices = jnp.repeat(indices, split, axis=0)
     total, selected = indices.shape
+    # Keys come first: a tile holds some if it begins with one. A query without any has one tile.
+    tiles = jnp.sum(indices[:, ::KEYS] < rows, axis=-1, dtype=jnp.int32)
     window, part = _even(total, max(1, window * split), sms), share_columns(width)
     call = _Call(
         arrays=(*(by_query(x) for x in (q, dout, out, lse, dlse)), kv.reshape(-1, width), indices),
+        tiles=jnp.maximum(tiles, 1),
         # The kernels write these two: nothing has to be there before.
         dq=jax.new_ref(lax.empty((total, some, width), q.dtype)),
         added=jax.new_ref(lax.empty((width // part, window * selected, part), q.dtype)),
@@ -154,6 +160,7 @@ class _Call:
     """What the windows of a call have in common. Queries are those of all rows of the batch."""
 
     arrays: tuple[Any, ...]  # q, dO, O, lse in base 2, dlse, by query and head; keys; selections
+    tiles: Any  # of 64 keys, how many each query has
     dq: Any  # a ref
     added: Any  # a ref: rows of a window
     sums: Any  # a ref: dKV
@@ -172,15 +179,17 @@ class _Call:
         q, dout, out, lse, dlse, kv, indices = self.arrays
         start, places = first.reshape(1), {"queries": self.queries, "rows": self.rows}
         weights, dscores = weights_and_sums_sm90.weights_and_sums(
-            start, q, dout, out, lse, dlse, kv, indices,
+            start, q, dout, out, lse, dlse, kv, indices, self.tiles,
             self.added, before.pairs, before.keys, before.beside_weights, self.sums,
             scale=self.scale, **places, **self.options,
         )  # fmt: skip
-        rows_sm90.rows_of_queries(start, q, dout, weights, dscores, self.added, **self.options)
+        rows_sm90.rows_of_queries(
+            start, q, dout, self.tiles, weights, dscores, self.added, **self.options
+        )
         lists = self._lists(first)
         self._sum(lists, lists.alone)
         dq_sm90.dq_of_queries(
-            start, kv, indices, dscores,
+            start, kv, indices, self.tiles, dscores,
             self.added, lists.pairs, lists.keys, lists.beside_dq, self.sums, self.dq,
             **places, **self.options,
         )  # fmt: skip

@@ -74,29 +74,29 @@ class _Shared:
     landing: Landing
 
 
-def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
+def _load(plan: _Plan, share, first, kv, indices, tiles, dscores, s: _Shared):
     """LOADER."""
 
-    def at(query, tile):
-        return swept(first + query, tile, plan.tiles, plan.lanes)
+    def at(query, j, count):
+        return swept(first + query, j, count, plan.lanes)
 
-    def fetch_indices(query, tile, index_slot):
-        source = indices.at[first + query, pl.ds(at(query, tile) * KEYS, KEYS)]
+    def fetch_indices(query, j, count, index_slot):
+        source = indices.at[first + query, pl.ds(at(query, j, count) * KEYS, KEYS)]
         plgpu.copy_gmem_to_smem(source, s.picked.at[index_slot], s.picked_full.at[index_slot])
 
-    def tile(query, j, carry):
+    def tile(query, count, j, carry):
         slot, filled, index_slot = carry
         following = next_slot(index_slot, INDEX_SLOTS)
 
-        @pl.when(j + 1 < plan.tiles)
+        @pl.when(j + 1 < count)
         def _():
-            fetch_indices(query, j + 1, following)
+            fetch_indices(query, j + 1, count, following)
 
         @pl.when(filled >= SLOTS)
         def _():
             plgpu.barrier_wait(s.freed.at[slot])
 
-        source = dscores.at[query, at(query, j)]
+        source = dscores.at[query, at(query, j, count)]
         plgpu.copy_gmem_to_smem(source, s.ds_tile.at[slot], s.full.at[slot])
         plgpu.barrier_wait(s.picked_full.at[index_slot])
         gather_rows(
@@ -114,8 +114,9 @@ def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
         return next_slot(slot, SLOTS), filled + 1, following
 
     def work_item(query, carry):
-        fetch_indices(query, 0, carry[2])
-        return lax.fori_loop(0, plan.tiles, functools.partial(tile, query), carry)
+        count = tiles[first + query]
+        fetch_indices(query, 0, count, carry[2])
+        return lax.fori_loop(0, count, functools.partial(tile, query, count), carry)
 
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
@@ -123,7 +124,7 @@ def _load(plan: _Plan, share, first, kv, indices, dscores, s: _Shared):
     drain(s.freed, slot, filled, SLOTS)
 
 
-def _multiply(plan: _Plan, role, share, first, dq, s: _Shared):
+def _multiply(plan: _Plan, role, share, first, tiles, dq, s: _Shared):
     """UPPER and LOWER; without heads of its own LOWER only lets go of the slots."""
     columns = pl.ds(share * plan.part, plan.part)
     mine = pl.ds(role * HEADS, HEADS)
@@ -143,7 +144,7 @@ def _multiply(plan: _Plan, role, share, first, dq, s: _Shared):
     def work_item(query, carry):
         zeros = plgpu.layout_cast(jnp.zeros((HEADS, plan.part), jnp.float32), plgpu.Layout.WGMMA)
         carry = [zeros] if has_heads else [], *carry
-        accumulators, *carry = lax.fori_loop(0, plan.tiles, tile, carry)
+        accumulators, *carry = lax.fori_loop(0, tiles[first + query], tile, carry)
         if has_heads:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             warpgroup_barrier(plan.interpret)
@@ -169,16 +170,17 @@ def _for_this_share(plan: _Plan, run) -> None:
             run(share)
 
 
-def _roles(plan: _Plan, adder: Adder, first, kv, indices, dscores, *refs, **shared):
+def _roles(plan: _Plan, adder: Adder, first, kv, indices, tiles, dscores, *refs, **shared):
     """What the warpgroups do."""
     *listed, dq = refs
     s, start = _Shared(**shared), first[0]
 
     def multiply(role):
-        _for_this_share(plan, lambda share: _multiply(plan, role, share, start, dq, s))
+        _for_this_share(plan, lambda share: _multiply(plan, role, share, start, tiles, dq, s))
 
     def load():
-        _for_this_share(plan, lambda share: _load(plan, share, start, kv, indices, dscores, s))
+        arrays = kv, indices, tiles, dscores
+        _for_this_share(plan, lambda share: _load(plan, share, start, *arrays, s))
 
     def add():
         adder.add(lax.axis_index("share") * plan.lanes + lax.axis_index("lane"), *listed)
@@ -205,7 +207,7 @@ def adder_of(rows: int, width: int, sms: int, interpret=None) -> Adder:
 
 
 def dq_of_queries(
-    first, kv, indices, dscores, added, pairs, keys, bounds, sums, dq, *,
+    first, kv, indices, tiles, dscores, added, pairs, keys, bounds, sums, dq, *,
     window, queries, rows, sms, interpret=None,
 ):  # fmt: skip
     """Writes dQ of a window of queries, and adds up some of its rows.
@@ -214,6 +216,7 @@ def dq_of_queries(
         first: i32 `[1]`, the first query of the window.
         kv: bf16 `[batch x S, C + R]`.
         indices: i32 `[all queries, K]`, K a multiple of 64.
+        tiles: i32 `[all queries]`, how many tiles of 64 each has, 1 to K / 64.
         dscores: dS, bf16 `[window, K / 64, N, 64]`.
         added: a `jax.Ref`, bf16 `[shares, window x K, columns]`, the rows.
         pairs: i32 `[window x K]`, rows by key.
@@ -234,7 +237,6 @@ def dq_of_queries(
         rows=rows,
         heads=heads,
         width=width,
-        tiles=indices.shape[-1] // KEYS,
         window=window,
         total=total,
         lanes=_lanes(width, sms),
@@ -263,4 +265,4 @@ def dq_of_queries(
         landing_slots=SLOTS,
         grid={"share": plan.shares, "lane": plan.lanes},
         interpret=interpret,
-    )(first, kv, indices, dscores, added, pairs, keys, bounds, sums, dq)
+    )(first, kv, indices, tiles, dscores, added, pairs, keys, bounds, sums, dq)

@@ -48,9 +48,10 @@ _REGISTERS = {EVEN: 216, ODD: 216, LOADER: 40}
 
 @dataclasses.dataclass(frozen=True)
 class _Plan(SharePlan):
-    """The static numbers of a call; an even number of tiles."""
+    """The static numbers of a call."""
 
     values: int  # C
+    tiles: int  # of 64 selected keys, at most
 
     def value_columns(self, share: int) -> int:
         return value_columns(share, self.part, self.values)
@@ -76,63 +77,52 @@ class _Shared:
     ds_freed: Any
 
 
-def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
+def _load(plan: _Plan, share, first, q, dout, tiles, weights, dscores, s: _Shared):
     """LOADER."""
     columns = pl.ds(share * plan.part, plan.part)
 
-    def load_query(query, filled):
-        @pl.when(filled >= plan.tiles)
-        def _():
-            plgpu.barrier_wait(s.query_read)
-
+    def load_query(query):
+        plgpu.barrier_wait(s.query_read)
         plgpu.copy_gmem_to_smem(q.at[first + query, :, columns], s.query, s.query_full)
         if plan.value_columns(share):
             some = pl.ds(plan.value_start(share), plan.part)
             plgpu.copy_gmem_to_smem(dout.at[first + query, :, some], s.dout_tile, s.query_full)
 
-    def tile(query, j, filled):
+    def tile(query, j, _):
         slot = lax.rem(j, jnp.int32(SLOTS))
 
         def load(source, target, full, freed):
-            @pl.when(filled >= SLOTS)
-            def _():
-                plgpu.barrier_wait(freed.at[slot])
-
+            plgpu.barrier_wait(freed.at[slot])
             plgpu.copy_gmem_to_smem(source.at[query, j], target.at[slot], full.at[slot])
 
         if plan.value_columns(share):
             load(weights, s.p_tile, s.p_full, s.p_freed)
         load(dscores, s.ds_tile, s.ds_full, s.ds_freed)
 
-        # The first tile finds its slot free while the last of the query before is in use.
+        # The first tile may find its slot free while the last of the query before is in use.
         @pl.when(j == 0)
         def _():
-            load_query(query, filled)
+            load_query(query)
 
-        return filled + 1
+    def work_item(query, _):
+        lax.fori_loop(0, tiles[first + query], functools.partial(tile, query), None)
 
-    def work_item(query, filled):
-        return lax.fori_loop(0, plan.tiles, functools.partial(tile, query), filled)
-
-    filled = plan.for_each_query(first, work_item, jnp.int32(0))
-
-    @pl.when(filled > 0)
-    def _():
-        plgpu.barrier_wait(s.query_read)
-        for slot in range(SLOTS):
-            if plan.value_columns(share):
-                plgpu.barrier_wait(s.p_freed.at[slot])
-            plgpu.barrier_wait(s.ds_freed.at[slot])
+    plan.for_each_query(first, work_item, None)
+    plgpu.barrier_wait(s.query_read)
+    for slot in range(SLOTS):
+        if plan.value_columns(share):
+            plgpu.barrier_wait(s.p_freed.at[slot])
+        plgpu.barrier_wait(s.ds_freed.at[slot])
 
 
-def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
+def _multiply(plan: _Plan, role, share, first, tiles, rows, s: _Shared):
     """EVEN and ODD."""
     values = plan.value_columns(share)
     shift = share * plan.part - plan.value_start(share) if values else 0
     # Apart where a share ends with columns that are no value.
     widths = [w for w in (values, plan.part - values) if w]
 
-    def pair(query, j, _):
+    def tile(query, mine, j, _):
         slot = lax.rem(2 * j + role, jnp.int32(SLOTS))  # `role`, as a traced value
         p_tile, ds_tile = s.p_tile.at[slot], s.ds_tile.at[slot]
         steps = []
@@ -152,7 +142,7 @@ def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
         ]
         found = multiply_add(zeros, steps, plan.interpret)
         plgpu.barrier_arrive(s.ds_freed.at[slot])
-        plgpu.barrier_arrive(s.query_read, predicate=2 * j + 2 == plan.tiles)
+        plgpu.barrier_arrive(s.query_read, predicate=j == mine - 1)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
@@ -160,19 +150,26 @@ def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
             out = s.out_tile.at[slot, :, pl.ds(sum(widths[:i]), widths[i])]
             out[...] = part.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        tile = query * plan.tiles + 2 * j + role
-        target = rows.at[share, pl.ds(tile * KEYS, KEYS)]
+        number = query * plan.tiles + 2 * j + role
+        target = rows.at[share, pl.ds(number * KEYS, KEYS)]
         plgpu.copy_smem_to_gmem(s.out_tile.at[slot], target)
 
     def work_item(query, _):
+        mine = lax.div(tiles[first + query] + 1 - role, jnp.int32(2))
         plgpu.barrier_wait(s.query_full)
-        lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), None)
+        plgpu.barrier_arrive(s.query_read, predicate=mine == 0)
+        lax.fori_loop(0, mine, functools.partial(tile, query, mine), None)
 
+    # Nothing is there yet.
+    plgpu.barrier_arrive(s.query_read)
+    if values:
+        plgpu.barrier_arrive(s.p_freed.at[role])
+    plgpu.barrier_arrive(s.ds_freed.at[role])
     plan.for_each_query(first, work_item, None)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(first, q, dout, weights, dscores, rows, *, plan: _Plan, **shared):
+def _kernel(first, q, dout, tiles, weights, dscores, rows, *, plan: _Plan, **shared):
     role = lax.axis_index("role")
     start = first[0]
     query_full = shared.pop("query_full")
@@ -181,9 +178,9 @@ def _kernel(first, q, dout, weights, dscores, rows, *, plan: _Plan, **shared):
         # It counts the copies: one less where the share has no value columns.
         s = _Shared(**shared, query_full=query_full[1 if plan.value_columns(share) else 0])
         if number == LOADER:
-            _load(plan, share, start, q, dout, weights, dscores, s)
+            _load(plan, share, start, q, dout, tiles, weights, dscores, s)
         else:
-            _multiply(plan, number, share, start, rows, s)
+            _multiply(plan, number, share, start, tiles, rows, s)
 
     for number in (EVEN, ODD, LOADER):
 
@@ -198,14 +195,15 @@ def _kernel(first, q, dout, weights, dscores, rows, *, plan: _Plan, **shared):
                     run(number, share)
 
 
-def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, interpret=None):
+def rows_of_queries(first, q, dout, tiles, weights, dscores, added, *, window, sms, interpret=None):
     """Writes what a window of queries adds to dKV.
 
     Args:
         first: i32 `[1]`, the first query of the window.
         q: bf16 `[all queries, N, C + R]`, N 64 or 128.
         dout: bf16 `[all queries, N, C]`.
-        weights: P, bf16 `[window, K / 64, N, 64]`, K a multiple of 128.
+        tiles: i32 `[all queries]`, how many tiles of 64 each has, 1 to K / 64.
+        weights: P, bf16 `[window, K / 64, N, 64]`.
         dscores: dS, as P.
         added: a `jax.Ref`, bf16 `[shares, window x K, columns]`, shares of the C + R columns; what
             lies past the last query stays.
@@ -214,11 +212,11 @@ def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, int
         interpret: parameters of interpret mode, or None.
     """
     total, heads, width = q.shape
-    part, tiles = share_columns(width), weights.shape[1]
+    part = share_columns(width)
     plan = _Plan(
         width=width,
         values=dout.shape[-1],
-        tiles=tiles,
+        tiles=weights.shape[1],
         window=window,
         total=total,
         lanes=max(1, min(sms // (width // part), window)),
@@ -255,4 +253,4 @@ def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, int
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         **({"interpret": interpret} if interpret is not None else {}),
-    )(first, q, dout, weights, dscores, added)
+    )(first, q, dout, tiles, weights, dscores, added)

@@ -45,17 +45,17 @@ def _registers(adder: Adder) -> tuple[int, ...]:
 
 def _roles(plan: weights_sm90.Plan, adder: Adder, first, *refs, **shared):
     """What the warpgroups do."""
-    (q, dout, out, lse, dlse, kv, indices), listed = refs[:7], refs[7:12]
-    weights, dscores = refs[12:]
+    (q, dout, out, lse, dlse, kv, indices, tiles), listed = refs[:8], refs[8:13]
+    weights, dscores = refs[13:]
     s, start = weights_sm90.Shared(**shared), first[0]
 
     def add():
         adder.add(lax.axis_index("cluster") * plan.cluster + lax.axis_index("half"), *listed)
 
     return (
-        lambda: weights_sm90.scores(plan, start, lse, weights, s),
-        lambda: weights_sm90.values(plan, start, dlse, dscores, s),
-        lambda: weights_sm90.load(plan, start, q, dout, out, kv, indices, s),
+        lambda: weights_sm90.scores(plan, start, lse, tiles, weights, s),
+        lambda: weights_sm90.values(plan, start, dlse, tiles, dscores, s),
+        lambda: weights_sm90.load(plan, start, q, dout, out, kv, indices, tiles, s),
         add,
     )
 
@@ -83,10 +83,12 @@ def _clusters(heads: int, sms: int) -> int:
 
 
 def weights_and_sums(
-    first, q, dout, out, lse, dlse, kv, indices, added, pairs, keys, bounds, sums, *,
+    first, q, dout, out, lse, dlse, kv, indices, tiles, added, pairs, keys, bounds, sums, *,
     window, queries, rows, scale, sms, interpret=None,
 ):  # fmt: skip
     """P and dS of a window, bf16 `[window, K / 64, N, 64]`; and sums of rows.
+
+    P and dS are undefined in tiles that a query does not have.
 
     Args:
         first: i32 `[1]`, the first query of the window; from `all queries` on there is none.
@@ -97,6 +99,7 @@ def weights_and_sums(
         dlse: f32 `[all queries, N]`.
         kv: bf16 `[batch x S, C + R]`.
         indices: i32 `[all queries, K]`, K a multiple of 64.
+        tiles: i32 `[all queries]`, how many tiles of 64 each has, 1 to K / 64.
         added: a `jax.Ref`, bf16 `[shares, window x K, columns]`, the rows.
         pairs: i32 `[window x K]`, rows by key.
         keys: i32 `[window x K]`, their keys.
@@ -110,7 +113,7 @@ def weights_and_sums(
         interpret: parameters of interpret mode, or None.
     """
     total, heads, width = q.shape
-    groups, tiles = heads // HEADS, indices.shape[-1] // KEYS
+    groups = heads // HEADS
     cluster, clusters = _cluster(heads), _clusters(heads, sms)
     plan = weights_sm90.Plan(
         queries=queries,
@@ -119,7 +122,6 @@ def weights_and_sums(
         cluster=cluster,
         width=width,
         values=dout.shape[-1],
-        tiles=tiles,
         scale=scale,
         window=window,
         total=total,
@@ -134,7 +136,7 @@ def weights_and_sums(
     def barriers(count: int, **options):
         return plgpu.Barrier(num_barriers=count, **options)
 
-    result = jax.ShapeDtypeStruct((window, tiles, heads, KEYS), jnp.bfloat16)
+    result = jax.ShapeDtypeStruct((window, indices.shape[1] // KEYS, heads, KEYS), jnp.bfloat16)
     return roles.kernel(
         "sparse_attention_weights_and_sums",
         functools.partial(_roles, plan, adder),
@@ -157,4 +159,4 @@ def weights_and_sums(
         grid={"cluster": clusters},
         cluster={"half": cluster},
         interpret=interpret,
-    )(first, q, dout, out, lse, dlse, kv, indices, added, pairs, keys, bounds, sums)
+    )(first, q, dout, out, lse, dlse, kv, indices, tiles, added, pairs, keys, bounds, sums)

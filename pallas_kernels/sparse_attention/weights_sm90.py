@@ -62,7 +62,6 @@ class Plan:
     cluster: int  # CTAs of a cluster: 2 or 1
     width: int  # C + R
     values: int  # C
-    tiles: int  # of 64 selected keys
     scale: float
     window: int  # queries of a call, at most
     total: int  # queries of all calls
@@ -97,9 +96,9 @@ class Plan:
         """Of the window."""
         return lax.div(work, jnp.int32(self.groups // self.cluster))
 
-    def tile(self, number, j):
-        """The tile that comes jth, of a query of all."""
-        return swept(number, j, self.tiles, self.clusters)
+    def tile(self, number, j, count):
+        """The tile that comes jth, of a query of all, which has so many."""
+        return swept(number, j, count, self.clusters)
 
     def heads(self, work):
         """Those of this CTA."""
@@ -143,7 +142,7 @@ def _for_each_work(plan: Plan, first, body, carry):
     return strided_loop(work, body, carry, mine=mine, ctas=plan.clusters)
 
 
-def load(plan: Plan, first, q, dout, out, kv, indices, s: Shared):
+def load(plan: Plan, first, q, dout, out, kv, indices, tiles, s: Shared):
     """LOADER."""
 
     def acquire(slot, filled):
@@ -153,14 +152,15 @@ def load(plan: Plan, first, q, dout, out, kv, indices, s: Shared):
 
         return next_slot(slot, SLOTS), filled + 1
 
-    def fetch_indices(query, tile, index_slot):
-        source = indices.at[query, pl.ds(plan.tile(query, tile) * KEYS, KEYS)]
+    def fetch_indices(query, j, count, index_slot):
+        source = indices.at[query, pl.ds(plan.tile(query, j, count) * KEYS, KEYS)]
         plgpu.copy_gmem_to_smem(source, s.picked.at[index_slot], s.picked_full.at[index_slot])
 
     def work_item(work, carry):
         slot, filled, index_slot = carry
         query, heads = first + plan.query(work), plan.heads(work)
-        fetch_indices(query, 0, index_slot)
+        count = tiles[query]
+        fetch_indices(query, 0, count, index_slot)
         for table, width in ((q, plan.width), (dout, plan.values), (out, plan.values)):
             for number in range(len(plan.chunks(width))):
                 start = number * plan.part if table is q else plan.value_start(number)
@@ -189,13 +189,13 @@ def load(plan: Plan, first, q, dout, out, kv, indices, s: Shared):
                 slot, filled = after
                 if number == 0:
 
-                    @pl.when(j + 1 < plan.tiles)
+                    @pl.when(j + 1 < count)
                     def _():
-                        fetch_indices(query, j + 1, next_slot(index_slot, INDEX_SLOTS))
+                        fetch_indices(query, j + 1, count, next_slot(index_slot, INDEX_SLOTS))
 
             return slot, filled, next_slot(index_slot, INDEX_SLOTS)
 
-        return lax.fori_loop(0, plan.tiles, tile, (slot, filled, index_slot))
+        return lax.fori_loop(0, count, tile, (slot, filled, index_slot))
 
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
@@ -285,11 +285,11 @@ def _over_keys(x):
     return lax.broadcast_in_dim(x, (HEADS, KEYS), (0,))
 
 
-def scores(plan: Plan, first, lse, weights, s: Shared):
+def scores(plan: Plan, first, lse, tiles, weights, s: Shared):
     """SCORES. `lse` is in base 2."""
 
-    def tile(work, query, lse, j, carry):
-        place, buffer, index_slot, count = carry
+    def tile(work, query, lse, count, j, carry):
+        place, buffer, index_slot, done = carry
         plgpu.barrier_wait(s.picked_full.at[index_slot])
         index = plgpu.load(s.picked.at[index_slot], layout=plgpu.Layout.WGMMA.reduce(0))
         exists = jnp.logical_and(index >= 0, index < plan.rows)
@@ -297,7 +297,7 @@ def scores(plan: Plan, first, lse, weights, s: Shared):
         start = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
         start = lax.broadcast_in_dim(start, (HEADS, KEYS), (1,))
 
-        @pl.when(count >= 2)
+        @pl.when(done >= 2)
         def _():
             plgpu.barrier_wait(s.weights_read.at[buffer])
 
@@ -309,41 +309,42 @@ def scores(plan: Plan, first, lse, weights, s: Shared):
         s.p_tile.at[buffer][...] = found.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.weighed.at[buffer])
-        at = plan.tile(first + plan.query(work), j)
+        at = plan.tile(first + plan.query(work), j, count)
         target = weights.at[plan.query(work), at, plan.heads(work)]
         plgpu.copy_smem_to_gmem(s.p_tile.at[buffer], target)
-        return place, 1 - buffer, next_slot(index_slot, INDEX_SLOTS), count + 1
+        return place, 1 - buffer, next_slot(index_slot, INDEX_SLOTS), done + 1
 
     def work_item(work, carry):
         place, *rest = carry
+        count = tiles[first + plan.query(work)]
         here = _of_heads(lse.at[first + plan.query(work), plan.heads(work)])
         query = []
         columns = [(i, c) for i, part in enumerate(plan.chunks(plan.width)) for c in part]
         place = _chunk_by_chunk(plan, s, place, columns, query.append)
         for _ in ("dO", "O"):
             place = _skip(plan, s, place, plan.values)
-        body = functools.partial(tile, work, query, here)
-        return lax.fori_loop(0, plan.tiles, body, (place, *rest))
+        body = functools.partial(tile, work, query, here, count)
+        return lax.fori_loop(0, count, body, (place, *rest))
 
     s.landing.initialize()
     plgpu.barrier_arrive(s.started)
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)
     carry = _Place(zero, zero), zero, zero, zero
-    count = _for_each_work(plan, first, work_item, carry)[-1]
+    done = _for_each_work(plan, first, work_item, carry)[-1]
     for i in range(2):
 
-        @pl.when(count > i)
+        @pl.when(done > i)
         def _(i=i):
             plgpu.barrier_wait(s.weights_read.at[i])
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def values(plan: Plan, first, dlse, dscores, s: Shared):
+def values(plan: Plan, first, dlse, tiles, dscores, s: Shared):
     """VALUES."""
 
-    def tile(work, dout, delta, j, carry):
+    def tile(work, dout, delta, count, j, carry):
         place, buffer = carry
         plgpu.barrier_wait(s.scored.at[buffer])
         products, place = _product(plan, dout, _zeros(), place, plan.values, s)
@@ -355,13 +356,14 @@ def values(plan: Plan, first, dlse, dscores, s: Shared):
         warpgroup_barrier(plan.interpret)
         s.ds_tile.at[buffer][...] = found.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        at = plan.tile(first + plan.query(work), j)
+        at = plan.tile(first + plan.query(work), j, count)
         target = dscores.at[plan.query(work), at, plan.heads(work)]
         plgpu.copy_smem_to_gmem(s.ds_tile.at[buffer], target)
         return place, 1 - buffer
 
     def work_item(work, carry):
         place, *rest = carry
+        count = tiles[first + plan.query(work)]
         place = _skip(plan, s, place, plan.width)
         dout = []
         place = _chunk_by_chunk(plan, s, place, plan.value_columns(), dout.append)
@@ -372,8 +374,8 @@ def values(plan: Plan, first, dlse, dscores, s: Shared):
 
         place = _chunk_by_chunk(plan, s, place, plan.value_columns(), add)
         here = _of_heads(dlse.at[first + plan.query(work), plan.heads(work)])
-        body = functools.partial(tile, work, dout, totals[0].sum(axis=1) - here)
-        return lax.fori_loop(0, plan.tiles, body, (place, *rest))
+        body = functools.partial(tile, work, dout, totals[0].sum(axis=1) - here, count)
+        return lax.fori_loop(0, count, body, (place, *rest))
 
     plgpu.barrier_wait(s.started)
     zero = jnp.int32(0)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import ops, timing
+from benchmarks import ops, sparse_attention, timing
 
 RESULTS = Path(timing.__file__).parent / "results"
 
@@ -15,6 +15,20 @@ RESULTS = Path(timing.__file__).parent / "results"
 @pytest.mark.parametrize("name", ops.OPS)
 def test_ops_exist(name):
     assert callable(ops.function(name))
+
+
+@pytest.mark.parametrize("kind", ["causal", "packed"])
+def test_training_selections(kind):
+    """Keys up to the query, all of them or K; where documents are packed, of its own alone."""
+    rows = sparse_attention.training_selections(kind, 2600)
+    assert rows.shape == (1, 2600, 2048)
+    for t in (0, 1023, 1024, 2047, 2599):
+        first = t // 1024 * 1024 if kind == "packed" else 0
+        picked = rows[0, t, : min(t + 1 - first, 2048)]
+        assert picked.min() >= first
+        assert picked.max() <= t
+        assert (jnp.diff(picked) > 0).all()
+        assert (rows[0, t, len(picked) :] == -1).all()
 
 
 def test_the_flush_is_not_counted(monkeypatch):

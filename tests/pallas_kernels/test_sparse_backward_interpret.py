@@ -78,6 +78,36 @@ def test_backward(window):
         assert error(one, other) < RELATIVE
 
 
+def test_short_rows(monkeypatch):
+    """Queries of few and of many keys in turn, in two windows; what nobody wrote is not read."""
+    rng = np.random.default_rng(0)
+    batch, queries, keys, selected = 2, 3, 300, 256
+    q, dout = (normal(rng, batch, queries, 64, 256) for _ in range(2))
+    kv = normal(rng, batch, keys, 256)
+    dlse = normal(rng, batch, queries, 64, dtype=jnp.float32)
+    counts = [[selected, 0, 65], [1, selected - 1, 64]]
+    indices = np.full((batch, queries, selected), -1, np.int32)
+    for row, count in zip(indices.reshape(-1, selected), np.ravel(counts), strict=True):
+        row[:count] = np.sort(rng.permutation(keys)[:count])
+    indices = jnp.asarray(indices)
+    options = {"scale": SCALE, "workspace_bytes": 2**30}
+    out, lse = reference.forward(*wide(q, kv), indices, value_width=256, **options)
+    expected = reference.backward(*wide(q, kv), indices, out, lse, *wide(dout), dlse, **options)
+
+    def poisoned(shape, dtype):
+        return jnp.full(shape, jnp.nan, dtype)
+
+    monkeypatch.setattr(backward_sm90.lax, "empty", poisoned)
+    found = backward_sm90.gradients(
+        q, kv, indices, out.astype(q.dtype), lse, dout, dlse,
+        scale=SCALE, window=3, sms=2, interpret=interpret(),
+    )  # fmt: skip
+    assert no_races()
+    for one, other in zip(found, expected, strict=True):
+        assert error(one, other) < RELATIVE
+    assert not found[0][0, 1].any()  # a query without keys
+
+
 def products_of(weights, dscores, q, dout, kv, indices):
     """dQ and the rows of all queries, in fp32."""
     q, dout, kv = wide(q, dout, kv)
@@ -126,9 +156,11 @@ def test_second_window():
     start = jnp.array([1], jnp.int32)
     ranges = weights_and_sums_sm90.adder_of(384, q.shape[-1], 128, 2).ranges
     listed, sums, after = rows_to_sum(rng, 3, 128, q.shape[-1], ranges)
+    tiles = jnp.full((3,), 2, jnp.int32)
     weights, dscores = weights_and_sums_sm90.weights_and_sums(
-        start, q, dout, out, lse + 9, dlse, kv, indices, *listed, sums, scale=SCALE, **window
-    )
+        start, q, dout, out, lse + 9, dlse, kv, indices, tiles, *listed, sums,
+        scale=SCALE, **window,
+    )  # fmt: skip
     assert no_races()
     np.testing.assert_array_equal(jax.freeze(sums), after)
     rows, exists = reference.gather(wide(kv)[0][None], indices[None])
@@ -143,11 +175,11 @@ def test_second_window():
     dq, added = (jax.new_ref(jnp.zeros(shape, q.dtype)) for shape in (q.shape, (5, 3 * 128, 64)))
     ranges = dq_sm90.adder_of(384, q.shape[-1], 2).ranges
     listed, sums, after = rows_to_sum(rng, 3, 128, q.shape[-1], ranges)
-    dq_sm90.dq_of_queries(start, kv, indices, dscores, *listed, sums, dq, **window)
+    dq_sm90.dq_of_queries(start, kv, indices, tiles, dscores, *listed, sums, dq, **window)
     assert no_races()
     np.testing.assert_array_equal(jax.freeze(sums), after)
     options = {name: window[name] for name in ("window", "sms", "interpret")}
-    rows_sm90.rows_of_queries(start, q, dout, weights, dscores, added, **options)
+    rows_sm90.rows_of_queries(start, q, dout, tiles, weights, dscores, added, **options)
     assert no_races()
     dq, added = jax.freeze(dq), jax.freeze(added).swapaxes(0, 1).reshape(3, 128, -1)
     assert not dq[0].any()  # it comes before the window

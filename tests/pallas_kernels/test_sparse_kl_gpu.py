@@ -10,7 +10,7 @@ from test_sparse_forward_gpu import SCALE, SHAPES, arguments
 
 from pallas_kernels import Selection, indexer_kl_sparse, sparse_attention
 from pallas_kernels.dispatch import hopper_is_default
-from pallas_kernels.indexer_loss import reference, sparse_sm90
+from pallas_kernels.indexer_loss import reference, sparse_bounds_sm90, sparse_sm90
 
 pytestmark = [
     pytest.mark.gpu,
@@ -124,6 +124,25 @@ def test_ways(monkeypatch):
         assert error(found[1], want) < RELATIVE
         for _ in range(20):
             assert all(map(np.array_equal, run(residuals, g), found))
+
+
+def test_bounds():
+    """Exact, of more keys than one table holds, in a window that ends after the last query."""
+    rng = np.random.default_rng()
+    batch, queries, rows, selected, window = 2, 150, 30000, 1088, 200
+    total, first = batch * queries, jnp.asarray([window], jnp.int32)
+    assert batch * rows > sparse_bounds_sm90.TABLE
+    d = jnp.asarray(rng.standard_normal((total, selected)), jnp.float32)
+    factors = jnp.asarray(10.0 ** rng.uniform(-8, 8, total), jnp.float32).at[-1].set(jnp.nan)
+    indices = jnp.asarray(rng.integers(-1, rows + 1, (total, selected)), jnp.int32)
+    plan = sparse_sm90._Plan(queries, rows, batch * rows, window, 132)
+    given = factors, d, indices
+    found = sparse_bounds_sm90.bounds(first, *given, keys=plan.keys, **plan.sizes(), sms=132)
+    # The twin's windows end with the last query.
+    some = plan._replace(window=total - window)
+    want = sparse_sm90.bounds(first[0], factors, d, jnp.where(indices < 0, rows, indices), some)
+    np.testing.assert_array_equal(found, want)
+    assert 0 < jnp.isnan(found).sum() <= selected
 
 
 def test_not_finite():

@@ -36,7 +36,7 @@ def kernel(
         name: the kernel's, as a profiler shows it.
         assign: given all operands and results, and by name the scratch and `landing`, what each
             warpgroup does.
-        registers: of a thread of each warpgroup, 65536 of all threads at most.
+        registers: of a thread of each warpgroup, of all threads no more than are dealt out.
         scratch_types: SMEM and barriers. `picked`, i32 `[n, 64]`, holds indices of rows; its last
             row is for the words of the `Landing`.
         landing_slots: of the `Landing`.
@@ -46,6 +46,7 @@ def kernel(
         cluster: names and sizes, of CTAs that run together.
     """
     dealt = REGISTERS // (LANES * len(registers)) // 8 * 8
+    assert sum(registers) <= dealt * len(registers), "a warpgroup would wait for registers forever"
     barriers = plgpu.Barrier(num_barriers=landing_slots)
     twin = {} if interpret is None else {"landed": barriers}
 

@@ -3,33 +3,37 @@
 # pyright: reportPrivateImportUsage=false, reportReturnType=false
 """Part of sparse attention's backward on Hopper: what each query adds to dKV.
 
-    rows[k] = sum_n dS[n, k] q[n] + P[n, k] dO[n]       one row for each selected key, in bf16
+    rows[k] = sum_n dS[n, k] q[n] + P[n, k] dO[n]       one row for each selected key
 
 A CTA computes one share of the columns (192 of 576) for queries one after the other, with Q and dO
 of all heads in SMEM. The shares of a query are computed at about the same time by different CTAs,
-so that P and dS come from the L2 for all but one. Three warpgroups:
+so that P and dS come from the L2 for all but one. Where dKV fits the L2, rows are added up there,
+as integers (`hopper.fixed_point`); else they are stored, in bf16, and added up by key elsewhere.
+Three warpgroups:
 
     EVEN, ODD  the rows of every other tile of 64 keys
     LOADER     loads P and dS of the tiles, even and odd ones to a place of their own
 
 P and dS are each replaced as soon as the product with it is done, P while the product with dS
-runs; the rows leave from a place of their own while the next tile's products run.
+runs. Stored rows leave from a place of their own while the next tile's products run; those that
+are added leave while the other warpgroup's products do.
 
 SMEM at 576 columns and 128 heads: 49,152 each of Q and dO, 2 x (16,384 P + 16,384 dS), 2 x 24,576
-of rows. Registers of a thread: EVEN and ODD 216 (96 of rows), LOADER 40.
+of rows, or 2 x 16,384 of integers. Registers of a thread: EVEN and ODD 232 (96 of rows), LOADER 40.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import fixed_point
 from pallas_kernels.hopper.gather import warpgroup_barrier
 from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
@@ -41,9 +45,10 @@ from pallas_kernels.sparse_attention.backward_shares import (
 )
 
 KEYS = 64  # of a tile
+STAGE = 64  # columns that are added together
 SLOTS = 2  # one for EVEN, one for ODD
 EVEN, ODD, LOADER = range(3)
-_REGISTERS = {EVEN: 216, ODD: 216, LOADER: 40}
+_REGISTERS = {EVEN: 232, ODD: 232, LOADER: 40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,9 @@ class _Shared:
     dout_tile: Any  # bf16 [N, part]
     p_tile: Any  # bf16 [SLOTS, N, 64]
     ds_tile: Any  # bf16 [SLOTS, N, 64]
-    out_tile: Any  # bf16 [SLOTS, 64, part]: rows on their way out
+    out_tile: Any  # bf16 [SLOTS, 64, part], or i32 [2, 64, STAGE]: rows on their way out
+    factors: Any  # f32 [part]: of the columns, where rows are added
+    factors_full: Any
     query_full: Any
     query_read: Any  # EVEN and ODD need Q and dO no longer
     p_full: Any  # P of the slot is there
@@ -76,7 +83,41 @@ class _Shared:
     ds_freed: Any
 
 
-def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
+class Sums(NamedTuple):
+    """Where rows are added up as integers.
+
+    Attributes:
+        indices: i32 `[all queries, K]`.
+        per_column: f32 `[C + R]`, multiplied with the columns.
+        per_one: f32 `[batch x S]`, of `fixed_point.units`.
+        sums: a `jax.Ref`, i32 `[batch x S, C + R]`. In interpret mode ODD has sums of its own below
+            those of EVEN, and no query is computed beside another: what adds there is not atomic.
+        queries: T of a batch row.
+        rows: S of a batch row.
+    """
+
+    indices: Any
+    per_column: Any
+    per_one: Any
+    sums: Any
+    queries: int
+    rows: int
+
+    def keys(self, query, tile):
+        """Those of a tile's rows."""
+        picked = self.indices.at[query, pl.ds(tile * KEYS, KEYS)]
+        return plgpu.load(picked, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+    def first_key(self, query):
+        """Where its keys begin among those of the batch."""
+        return lax.div(query, jnp.int32(self.queries)) * self.rows
+
+    def units(self, query, keys, interpret: bool):
+        """What makes terms of these keys integers."""
+        return fixed_point.look_up(self.per_one, keys + self.first_key(query), interpret)
+
+
+def _load(plan: _Plan, share, first, q, dout, weights, dscores, sums: Sums | None, s: _Shared):
     """LOADER."""
     columns = pl.ds(share * plan.part, plan.part)
 
@@ -114,6 +155,8 @@ def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
     def work_item(query, filled):
         return lax.fori_loop(0, plan.tiles, functools.partial(tile, query), filled)
 
+    if sums is not None:
+        plgpu.copy_gmem_to_smem(sums.per_column.at[columns], s.factors, s.factors_full)
     filled = plan.for_each_query(first, work_item, jnp.int32(0))
 
     @pl.when(filled > 0)
@@ -125,16 +168,19 @@ def _load(plan: _Plan, share, first, q, dout, weights, dscores, s: _Shared):
             plgpu.barrier_wait(s.ds_freed.at[slot])
 
 
-def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
+def _multiply(plan: _Plan, role, share, first, rows, sums: Sums | None, s: _Shared):
     """EVEN and ODD."""
     values = plan.value_columns(share)
     shift = share * plan.part - plan.value_start(share) if values else 0
     # Apart where a share ends with columns that are no value.
     widths = [w for w in (values, plan.part - values) if w]
 
-    def pair(query, j, _):
+    def pair(query, j, target):
         slot = lax.rem(2 * j + role, jnp.int32(SLOTS))  # `role`, as a traced value
         p_tile, ds_tile = s.p_tile.at[slot], s.ds_tile.at[slot]
+        if sums is not None:  # of the next tile: its keys' units are looked up when they are here
+            following = jnp.minimum(2 * j + 2 + role, plan.tiles - 1)
+            keys = sums.keys(first + query, following)
         steps = []
         if values:
             plgpu.barrier_wait(s.p_full.at[slot])
@@ -154,25 +200,56 @@ def _multiply(plan: _Plan, role, share, first, rows, s: _Shared):
         plgpu.barrier_arrive(s.ds_freed.at[slot])
         plgpu.barrier_arrive(s.query_read, predicate=2 * j + 2 == plan.tiles)
 
+        starts = [sum(widths[:i]) for i in range(len(widths))]
+        if sums is None:
+            return store(query * plan.tiles + 2 * j + role, slot, starts, found)
+        units = sums.units(first + query, keys, plan.interpret)
+        add(target, query, starts, found)
+        return keys, units
+
+    def add(target, query, starts, found):
+        begin = sums.first_key(first + query)
+        if plan.interpret:
+            begin += role * sums.per_one.shape[0]
+        for start, part in zip(starts, found, strict=True):
+            some = s.factors.at[pl.ds(start, part.shape[1])]
+            factors = plgpu.load(some, layout=plgpu.Layout.WGMMA.reduce(0))
+            fixed_point.add_rows(
+                sums.sums,
+                part * lax.broadcast_in_dim(factors, part.shape, (1,)),
+                *target,
+                begin,
+                s.out_tile.at[role],
+                first_column=share * plan.part + start,
+                limit=sums.rows,
+                interpret=plan.interpret,
+            )
+
+    def store(tile, slot, starts, found):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
-        for i, part in enumerate(found):
-            out = s.out_tile.at[slot, :, pl.ds(sum(widths[:i]), widths[i])]
+        for start, part in zip(starts, found, strict=True):
+            out = s.out_tile.at[slot, :, pl.ds(start, part.shape[1])]
             out[...] = part.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        tile = query * plan.tiles + 2 * j + role
         target = rows.at[share, pl.ds(tile * KEYS, KEYS)]
         plgpu.copy_smem_to_gmem(s.out_tile.at[slot], target)
 
     def work_item(query, _):
+        target = None
+        if sums is not None:
+            keys = sums.keys(first + query, role)
+            target = keys, sums.units(first + query, keys, plan.interpret)
         plgpu.barrier_wait(s.query_full)
-        lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), None)
+        lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), target)
 
+    if sums is not None:
+        plgpu.barrier_wait(s.factors_full)
     plan.for_each_query(first, work_item, None)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(first, q, dout, weights, dscores, rows, *, plan: _Plan, **shared):
+def _kernel(first, q, dout, weights, dscores, rows, sums, *, plan: _Plan, **shared):
     role = lax.axis_index("role")
     start = first[0]
     query_full = shared.pop("query_full")
@@ -181,9 +258,9 @@ def _kernel(first, q, dout, weights, dscores, rows, *, plan: _Plan, **shared):
         # It counts the copies: one less where the share has no value columns.
         s = _Shared(**shared, query_full=query_full[1 if plan.value_columns(share) else 0])
         if number == LOADER:
-            _load(plan, share, start, q, dout, weights, dscores, s)
+            _load(plan, share, start, q, dout, weights, dscores, sums, s)
         else:
-            _multiply(plan, number, share, start, rows, s)
+            _multiply(plan, number, share, start, rows, sums, s)
 
     for number in (EVEN, ODD, LOADER):
 
@@ -198,8 +275,11 @@ def _kernel(first, q, dout, weights, dscores, rows, *, plan: _Plan, **shared):
                     run(number, share)
 
 
-def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, interpret=None):
-    """Writes what a window of queries adds to dKV.
+def rows_of_queries(
+    first, q, dout, weights, dscores, added, sums: Sums | None = None, *,
+    window, sms, interpret=None,
+):  # fmt: skip
+    """Writes or adds up what a window of queries adds to dKV.
 
     Args:
         first: i32 `[1]`, the first query of the window.
@@ -208,7 +288,8 @@ def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, int
         weights: P, bf16 `[window, K / 64, N, 64]`, K a multiple of 128.
         dscores: dS, as P.
         added: a `jax.Ref`, bf16 `[shares, window x K, columns]`, shares of the C + R columns; what
-            lies past the last query stays.
+            lies past the last query stays. None where rows are added up.
+        sums: where that is; None where rows are written.
         window: queries of the window.
         sms: CTAs.
         interpret: parameters of interpret mode, or None.
@@ -229,8 +310,16 @@ def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, int
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
     def sparse_attention_rows(*refs, **scratch):  # its name is the kernel's
-        _kernel(*refs, plan=plan, **scratch)
+        if sums is None:
+            *refs, added = refs
+            _kernel(*refs, added, None, plan=plan, **scratch)
+        else:
+            _kernel(*refs[:5], None, Sums(*refs[5:], *sums[4:]), plan=plan, **scratch)
 
+    if sums is None:
+        out_tile = tile(SLOTS, KEYS, part)
+    else:
+        out_tile = plgpu.SMEM((2, KEYS, STAGE), jnp.int32)
     plgpu.kernel(
         sparse_attention_rows,
         scratch_types={
@@ -238,7 +327,9 @@ def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, int
             "dout_tile": tile(heads, part),
             "p_tile": tile(SLOTS, heads, KEYS),
             "ds_tile": tile(SLOTS, heads, KEYS),
-            "out_tile": tile(SLOTS, KEYS, part),
+            "out_tile": out_tile,
+            "factors": plgpu.SMEM((part,), jnp.float32),
+            "factors_full": plgpu.Barrier(),
             "query_full": [plgpu.Barrier(num_arrivals=n) for n in (1, 2)],
             "query_read": plgpu.Barrier(num_arrivals=2),
             **{
@@ -255,4 +346,4 @@ def rows_of_queries(first, q, dout, weights, dscores, added, *, window, sms, int
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         **({"interpret": interpret} if interpret is not None else {}),
-    )(first, q, dout, weights, dscores, added)
+    )(first, q, dout, weights, dscores, *((added,) if sums is None else sums[:4]))

@@ -39,6 +39,8 @@ from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, Until, multiply_add
 from pallas_kernels.sparse_attention.backward_shares import (
     SharePlan,
+    drain,
+    next_slot,
     share_columns,
     value_columns,
     value_start,
@@ -46,7 +48,6 @@ from pallas_kernels.sparse_attention.backward_shares import (
 
 KEYS = 64  # of a tile
 STAGE = 64  # columns that are added together
-SLOTS = 2  # one for EVEN, one for ODD
 EVEN, ODD, LOADER = range(3)
 _REGISTERS = {EVEN: 232, ODD: 232, LOADER: 40}
 
@@ -56,6 +57,7 @@ class _Plan(SharePlan):
     """The static numbers of a call; an even number of tiles."""
 
     values: int  # C
+    slots: int  # of a warpgroup, for P and dS in turn
 
     def value_columns(self, share: int) -> int:
         return value_columns(share, self.part, self.values)
@@ -70,17 +72,14 @@ class _Shared:
 
     query: Any  # bf16 [N, part]
     dout_tile: Any  # bf16 [N, part]
-    p_tile: Any  # bf16 [SLOTS, N, 64]
-    ds_tile: Any  # bf16 [SLOTS, N, 64]
-    out_tile: Any  # bf16 [SLOTS, 64, part], or i32 [2, 64, STAGE]: rows on their way out
+    ring: Any  # bf16 [2 x slots, N, 64]: P and dS of EVEN's tiles, then those of ODD's
+    out_tile: Any  # bf16 [2, 64, part], or i32 [2, 64, STAGE]: rows on their way out
     factors: Any  # f32 [part]: of the columns, where rows are added
     factors_full: Any
     query_full: Any
     query_read: Any  # EVEN and ODD need Q and dO no longer
-    p_full: Any  # P of the slot is there
-    p_freed: Any  # and no longer needed
-    ds_full: Any  # the same of dS
-    ds_freed: Any
+    full: list[Any]  # of each warpgroup: P or dS of the slot is there
+    freed: list[Any]  # and no longer needed
 
 
 class Sums(NamedTuple):
@@ -122,7 +121,7 @@ def _load(plan: _Plan, share, first, q, dout, weights, dscores, sums: Sums | Non
     columns = pl.ds(share * plan.part, plan.part)
 
     def load_query(query, filled):
-        @pl.when(filled >= plan.tiles)
+        @pl.when(filled > 0)
         def _():
             plgpu.barrier_wait(s.query_read)
 
@@ -131,41 +130,40 @@ def _load(plan: _Plan, share, first, q, dout, weights, dscores, sums: Sums | Non
             some = pl.ds(plan.value_start(share), plan.part)
             plgpu.copy_gmem_to_smem(dout.at[first + query, :, some], s.dout_tile, s.query_full)
 
-    def tile(query, j, filled):
-        slot = lax.rem(j, jnp.int32(SLOTS))
+    def pair(query, j, carry):
+        slot, filled = carry
+        for role in (EVEN, ODD):
+            at, count = slot, filled
+            for source in (weights, dscores) if plan.value_columns(share) else (dscores,):
 
-        def load(source, target, full, freed):
-            @pl.when(filled >= SLOTS)
-            def _():
-                plgpu.barrier_wait(freed.at[slot])
+                @pl.when(count >= plan.slots)
+                def _(role=role, at=at):
+                    plgpu.barrier_wait(s.freed[role].at[at])
 
-            plgpu.copy_gmem_to_smem(source.at[query, j], target.at[slot], full.at[slot])
+                target = s.ring.at[role * plan.slots + at]
+                tile = source.at[query, 2 * j + role]
+                plgpu.copy_gmem_to_smem(tile, target, s.full[role].at[at])
+                at, count = next_slot(at, plan.slots), count + 1
 
-        if plan.value_columns(share):
-            load(weights, s.p_tile, s.p_full, s.p_freed)
-        load(dscores, s.ds_tile, s.ds_full, s.ds_freed)
-
-        # The first tile finds its slot free while the last of the query before is in use.
+        # The first tiles find a slot free while the last of the query before are in use.
         @pl.when(j == 0)
         def _():
             load_query(query, filled)
 
-        return filled + 1
+        return at, count
 
-    def work_item(query, filled):
-        return lax.fori_loop(0, plan.tiles, functools.partial(tile, query), filled)
+    def work_item(query, carry):
+        return lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), carry)
 
     if sums is not None:
         plgpu.copy_gmem_to_smem(sums.per_column.at[columns], s.factors, s.factors_full)
-    filled = plan.for_each_query(first, work_item, jnp.int32(0))
+    slot, filled = plan.for_each_query(first, work_item, (jnp.int32(0), jnp.int32(0)))
+    for freed in s.freed:
+        drain(freed, slot, filled, plan.slots)
 
     @pl.when(filled > 0)
     def _():
         plgpu.barrier_wait(s.query_read)
-        for slot in range(SLOTS):
-            if plan.value_columns(share):
-                plgpu.barrier_wait(s.p_freed.at[slot])
-            plgpu.barrier_wait(s.ds_freed.at[slot])
 
 
 def _multiply(plan: _Plan, role, share, first, rows, sums: Sums | None, s: _Shared):
@@ -175,37 +173,41 @@ def _multiply(plan: _Plan, role, share, first, rows, sums: Sums | None, s: _Shar
     # Apart where a share ends with columns that are no value.
     widths = [w for w in (values, plan.part - values) if w]
 
-    def pair(query, j, target):
-        slot = lax.rem(2 * j + role, jnp.int32(SLOTS))  # `role`, as a traced value
-        p_tile, ds_tile = s.p_tile.at[slot], s.ds_tile.at[slot]
+    def pair(query, j, carry):
+        slot, target = carry
         if sums is not None:  # of the next tile: its keys' units are looked up when they are here
             following = jnp.minimum(2 * j + 2 + role, plan.tiles - 1)
             keys = sums.keys(first + query, following)
         steps = []
         if values:
-            plgpu.barrier_wait(s.p_full.at[slot])
+            p_tile, p_slot = s.ring.at[role * plan.slots + slot], slot
+            plgpu.barrier_wait(s.full[role].at[slot])
             steps.append(Product(0, p_tile.T, s.dout_tile.at[:, pl.ds(shift, values)]))
-        steps.append(lambda: plgpu.barrier_wait(s.ds_full.at[slot]))
+            slot = next_slot(slot, plan.slots)
+        ds_tile, ds_slot = s.ring.at[role * plan.slots + slot], slot
+        steps.append(lambda: plgpu.barrier_wait(s.full[role].at[ds_slot]))
         for i, width in enumerate(widths):
             right = s.query.at[:, pl.ds(sum(widths[:i]), width)]
             steps.append(Product(i, ds_tile.T, right))
         if values:
             steps.append(Until(len(widths)))
-            steps.append(lambda: plgpu.barrier_arrive(s.p_freed.at[slot]))
+            steps.append(lambda: plgpu.barrier_arrive(s.freed[role].at[p_slot]))
+        slot = next_slot(slot, plan.slots)
         zeros = [
             plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), plgpu.Layout.WGMMA)
             for width in widths
         ]
         found = multiply_add(zeros, steps, plan.interpret)
-        plgpu.barrier_arrive(s.ds_freed.at[slot])
+        plgpu.barrier_arrive(s.freed[role].at[ds_slot])
         plgpu.barrier_arrive(s.query_read, predicate=2 * j + 2 == plan.tiles)
 
         starts = [sum(widths[:i]) for i in range(len(widths))]
         if sums is None:
-            return store(query * plan.tiles + 2 * j + role, slot, starts, found)
+            store(query * plan.tiles + 2 * j + role, starts, found)
+            return slot, None
         units = sums.units(first + query, keys, plan.interpret)
         add(target, query, starts, found)
-        return keys, units
+        return slot, (keys, units)
 
     def add(target, query, starts, found):
         begin = sums.first_key(first + query)
@@ -225,27 +227,28 @@ def _multiply(plan: _Plan, role, share, first, rows, sums: Sums | None, s: _Shar
                 interpret=plan.interpret,
             )
 
-    def store(tile, slot, starts, found):
+    def store(tile, starts, found):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
         for start, part in zip(starts, found, strict=True):
-            out = s.out_tile.at[slot, :, pl.ds(start, part.shape[1])]
+            out = s.out_tile.at[role, :, pl.ds(start, part.shape[1])]
             out[...] = part.astype(jnp.bfloat16)
         plgpu.commit_smem()
         target = rows.at[share, pl.ds(tile * KEYS, KEYS)]
-        plgpu.copy_smem_to_gmem(s.out_tile.at[slot], target)
+        plgpu.copy_smem_to_gmem(s.out_tile.at[role], target)
 
-    def work_item(query, _):
+    def work_item(query, slot):
         target = None
         if sums is not None:
             keys = sums.keys(first + query, role)
             target = keys, sums.units(first + query, keys, plan.interpret)
         plgpu.barrier_wait(s.query_full)
-        lax.fori_loop(0, plan.tiles // 2, functools.partial(pair, query), target)
+        body = functools.partial(pair, query)
+        return lax.fori_loop(0, plan.tiles // 2, body, (slot, target))[0]
 
     if sums is not None:
         plgpu.barrier_wait(s.factors_full)
-    plan.for_each_query(first, work_item, None)
+    plan.for_each_query(first, work_item, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -300,6 +303,7 @@ def rows_of_queries(
         width=width,
         values=dout.shape[-1],
         tiles=tiles,
+        slots=2 if sums is None else 3,
         window=window,
         total=total,
         lanes=max(1, min(sms // (width // part), window)),
@@ -317,7 +321,7 @@ def rows_of_queries(
             _kernel(*refs[:5], None, Sums(*refs[5:], *sums[4:]), plan=plan, **scratch)
 
     if sums is None:
-        out_tile = tile(SLOTS, KEYS, part)
+        out_tile = tile(2, KEYS, part)
     else:
         out_tile = plgpu.SMEM((2, KEYS, STAGE), jnp.int32)
     plgpu.kernel(
@@ -325,18 +329,14 @@ def rows_of_queries(
         scratch_types={
             "query": tile(heads, part),
             "dout_tile": tile(heads, part),
-            "p_tile": tile(SLOTS, heads, KEYS),
-            "ds_tile": tile(SLOTS, heads, KEYS),
+            "ring": tile(2 * plan.slots, heads, KEYS),
             "out_tile": out_tile,
             "factors": plgpu.SMEM((part,), jnp.float32),
             "factors_full": plgpu.Barrier(),
             "query_full": [plgpu.Barrier(num_arrivals=n) for n in (1, 2)],
             "query_read": plgpu.Barrier(num_arrivals=2),
-            **{
-                f"{name}_{state}": plgpu.Barrier(num_barriers=SLOTS)
-                for name in ("p", "ds")
-                for state in ("full", "freed")
-            },
+            "full": [plgpu.Barrier(num_barriers=plan.slots) for _ in (EVEN, ODD)],
+            "freed": [plgpu.Barrier(num_barriers=plan.slots) for _ in (EVEN, ODD)],
         },
         grid=(plan.shares, plan.lanes),
         grid_names=("share", "lane"),

@@ -35,25 +35,6 @@ _NO_KEY = 2**32 - 1
 _TOGETHER = 3  # rows that are added without a look between them, where no key ends
 
 
-class Listed(NamedTuple):
-    """Rows listed by key, and the sums that they are added to.
-
-    Attributes:
-        rows: bf16 `[shares, rows, share]`.
-        pairs: i32 `[m]`, rows in the order in which they are added.
-        keys: i32 `[m]`, the sums they are added to, rising.
-        bounds: i32 `[ranges + 1]`, where in the list ranges begin and end; a bound is 0, the list's
-            end, or a place whose key is not the one before.
-        sums: a `jax.Ref`, f32 `[keys, width]`.
-    """
-
-    rows: Any
-    pairs: Any
-    keys: Any
-    bounds: Any
-    sums: Any
-
-
 @dataclasses.dataclass(frozen=True)
 class Adder:
     """The static numbers of a call.
@@ -94,11 +75,12 @@ class Adder:
 
         Args:
             cta: this one's number below `ctas`.
-            rows: GMEM, these five as in `Listed`.
-            pairs: see there.
-            keys: see there.
-            bounds: see there.
-            sums: see there.
+            rows: GMEM bf16 `[shares, rows, share]`.
+            pairs: GMEM i32 `[m]`, rows in the order in which they are added.
+            keys: GMEM i32 `[m]`, the sums they are added to, rising.
+            bounds: GMEM i32 `[ranges + 1]`, where in the list ranges begin and end; a bound is 0,
+                the list's end, or a place whose key is not the one before.
+            sums: GMEM f32 `[keys, width]`.
         """
         if self.interpret:
             self._twin(cta, rows, pairs, keys, bounds, sums)

@@ -51,11 +51,11 @@ def units(largest, terms: int):
     _, exponent = jnp.frexp(largest)  # largest < 2**exponent
     exponent = jnp.clip(exponent, min=_MIN_EXPONENT)
     finite = jnp.isfinite(largest)
-    per_one = jnp.where(finite, power_of_two(bits - exponent), 0.0)
-    return per_one, jnp.where(finite, power_of_two(exponent - bits), jnp.nan)
+    per_one = jnp.where(finite, _power(bits - exponent), 0.0)
+    return per_one, jnp.where(finite, _power(exponent - bits), jnp.nan)
 
 
-def power_of_two(exponent):
+def _power(exponent):
     """2**exponent, exactly; at least 2**-126."""
     bits = jnp.clip(exponent + 127, 1, 254).astype(jnp.int32) << 23
     return lax.bitcast_convert_type(bits, jnp.float32)
@@ -112,39 +112,26 @@ def look_up(table, keys, interpret: bool):
     return emit(table, keys)
 
 
-def add_rows(
-    sums,
-    rows,
-    keys,
-    per_one,
-    first_key,
-    stage,
-    *,
-    first_column: int = 0,
-    limit: int,
-    interpret: bool,
-) -> None:
+def add_rows(sums, rows, keys, per_one, first_key, stage, *, limit: int, interpret: bool) -> None:
     """`sums[first_key + keys[r]] += rows[r] per_one[r]`, rounded to integers, for 64 rows.
 
     Each warp turns its own 16 rows in shared memory, and adds 256 bytes of one at a time: the L2 is
     faster with whole lines than with the 32 bytes that four lanes of a product hold together.
 
     Args:
-        sums: GMEM i32 `[keys, width]`, the width a multiple of 64.
-        rows: f32 `[64, columns]`, in layout `WGMMA`, columns a multiple of those of the stage.
+        sums: GMEM i32 `[keys, 128]`.
+        rows: f32 `[64, 128]`, in layout `WGMMA`.
         keys: i32 `[64]`, by its rows; one outside `0 .. limit - 1` has no sum.
         per_one: f32 `[64]`, likewise, of each row's key.
         first_key: added to every key.
-        stage: SMEM i32 `[64, 64 or 128]`, of this warpgroup alone: so many columns at a time.
-        first_column: where the columns begin in the sums, a multiple of 64.
+        stage: SMEM i32 `[64, 128]`, of this warpgroup alone.
         limit: see `keys`.
         interpret: whether to run the twin, which is of one CTA.
     """
     if interpret:
-        _add_rows_twin(sums, rows, keys, per_one, first_key, first_column, limit)
+        _add_rows_twin(sums, rows, keys, per_one, first_key, limit)
         return
     row = plgpu.Layout.WGMMA.reduce(1)
-    width, together = sums.shape[1], stage.shape[1]
 
     @plgpu.inline_mgpu(
         arg_types=(
@@ -159,103 +146,73 @@ def add_rows(
     def emit(_, sums, rows, keys, per_one, first_key, stage):
         singles = rows.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers
         keys, per_one = ([scalar(x) for x in array.registers.flat] for array in (keys, per_one))
-        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+        i32 = ir.IntegerType.get_signless(32)
         lane = arith.remui(utils.thread_idx(), arith.constant(i32, LANES))
-        lane_of_warp = arith.remui(lane, arith.constant(i32, 32))
         place = llvm.ptrtoint(i32, utils.memref_ptr(stage))
-        keys = [*keys, first_key.registers.item()]
-        numbers = [_ask(_number(row, limit), i32, "r,r,r", *keys) for row in range(16)]
-        # [columns / together times, together / 8 times 8 columns, 2 halves of 16 rows, 2 columns]
-        singles, words = singles.reshape(-1, together // 8, 2, 2), []
-        for some in singles:
-            _run("bar.warp.sync 0xffffffff;", "")
-            for half in range(2):
-                values = [scalar(x) for x in some[:, half].flat]
-                kinds = ",".join(["f"] * (len(values) + 1) + ["r", "r"])
-                _run(_put(half, together), kinds, *values, per_one[half], lane, place)
-            _run("bar.warp.sync 0xffffffff;", "")
-            words += _staged(together, lane, place)
         _run("bar.warp.sync 0xffffffff;", "")
-        start = _ask("mad.wide.u32 $0, $1, 8, $2;", i64, "r,l", lane_of_warp, _address(sums))
-        for row, number in enumerate(numbers):
-            for i, word in enumerate(words[row::16]):
-                _run(_add(width, first_column + i * 64), "r,l,l", number, start, word)
+        # [16 times 8 columns, 2 halves of a warp's 16 rows, 2 columns]
+        singles = singles.reshape(16, 2, 2)
+        for half in range(2):
+            values = [scalar(x) for x in singles[:, half].flat]
+            kinds = ",".join(["f"] * 32 + ["f", "r", "r"])
+            _run(_put(half), kinds, *values, per_one[half], lane, place)
+        _run("bar.warp.sync 0xffffffff;", "")
+        first = first_key.registers.item()
+        _run(_add(limit), "r,r,r,r,r,l", *keys, first, lane, place, _address(sums))
 
     emit(sums, rows, keys, per_one, first_key, stage)
 
 
-# A row of the stage is 32 or 64 words of 64 bits. Word 4 i + j is at 4 (i ^ r % 4) + j in row r:
-# neither the four words of each of eight rows nor all words of a row meet in a bank more than they
-# must.
+# A row of the stage is 64 words of 64 bits. Word 4 i + j is at 4 (i ^ r % 4) + j in row r: neither
+# the four words of each of eight rows nor all words of a row meet in a bank more than they must.
 
 
-def _put(half: int, columns: int) -> str:
-    """Words to where a lane's row is staged.
-
-    Operands: a quarter of its columns, per_one, lane, stage.
-    """
-    values, size = columns // 4, 4 * columns
-    factor, lane, stage = (f"${values + i}" for i in range(3))
+def _put(half: int) -> str:
+    """Words to where a lane's row is staged; operands: 32 values, per_one, lane, stage."""
+    factor, lane, stage = "$32", "$33", "$34"
     lines = [
         ".reg .b32 at, row, part, lo, hi, at0, at1, at2, at3; .reg .b64 both;",
         f"shr.u32 at, {lane}, 5; shl.b32 at, at, 4; bfe.u32 row, {lane}, 2, 3;",
-        f"add.u32 at, at, row; mad.lo.u32 at, at, {size}, {stage};",
+        f"add.u32 at, at, row; mad.lo.u32 at, at, 512, {stage};",
         f"and.b32 part, {lane}, 3; mad.lo.u32 at, part, 8, at; and.b32 row, row, 3;",
     ]
     for i in range(4):
         lines.append(f"xor.b32 part, row, {i}; mad.lo.u32 at{i}, part, 32, at;")
-    for i in range(values // 2):
+    for i in range(16):
         lines += [
             f"fma.rn.f32 lo, ${2 * i}, {factor}, 0f{_ROUND:08X};",
             f"fma.rn.f32 hi, ${2 * i + 1}, {factor}, 0f{_ROUND:08X};",
             # hi 2^32 + lo, of which each is its bits less those of 1.5 x 2^23
             f"mov.b64 both, {{lo, hi}}; sub.s64 both, both, {_ROUND << 32 | _ROUND};",
-            f"st.shared.b64 [at{i % 4} + {8 * size * half + 128 * (i // 4)}], both;",
+            f"st.shared.b64 [at{i % 4} + {4096 * half + 128 * (i // 4)}], both;",
         ]
     return "{ " + "\n".join(lines) + " }"
 
 
-def _number(row: int, limit: int) -> str:
-    """The number of the sums of a warp's row, or -1.
+def _add(limit: int) -> str:
+    """A warp's rows, one after the other.
 
-    Operands: the number, the keys of rows r and r + 8 that lane 4 r holds, first key.
+    Operands: the keys of rows r and r + 8 that lane 4 r holds, first key, lane, stage, sums.
     """
-    return f"""{{
-        .reg .pred in; .reg .b32 key;
-        shfl.sync.idx.b32 key, ${1 + row // 8}, {row % 8 * 4}, 31, 0xffffffff;
-        setp.lt.u32 in, key, {limit}; add.u32 key, key, $3; selp.b32 $0, key, -1, in;
-    }}"""
-
-
-def _staged(columns: int, lane, stage) -> list:
-    """What lane l adds of a warp's rows, words l of each 256 bytes; rows ascend, then columns."""
-    size, i64 = 4 * columns, ir.IntegerType.get_signless(64)
-
-    def read(row: int, part: int):
-        code = f"""{{
-            .reg .b32 at, word;
-            and.b32 word, $1, 31; shr.u32 at, $1, 5; mad.lo.u32 at, at, {16 * size}, $2;
-            xor.b32 word, word, {row % 4 * 4}; mad.lo.u32 at, word, 8, at;
-            ld.shared.b64 $0, [at + {size * row + part}];
-        }}"""
-        return _ask(code, i64, "r,r", lane, stage)
-
-    return [read(row, part) for part in range(0, size, 256) for row in range(16)]
-
-
-def _add(width: int, column: int) -> str:
-    """Adds a word; operands: the number of the row's sums or -1, where the lane's begin, word."""
-    return f"""{{
-        .reg .pred in; .reg .b64 to;
-        setp.ne.s32 in, $0, -1; mad.wide.u32 to, $0, {4 * width}, $1;
-        @in red.relaxed.gpu.global.add.u64 [to + {4 * column}], $2;
-    }}"""
-
-
-def _ask(code: str, kind, constraints: str, *operands):
-    result = "=l" if kind.width == 64 else "=r"
-    kinds = f"{result},{constraints},~{{memory}}"
-    return llvm.inline_asm(kind, operands, code, kinds, has_side_effects=True, asm_dialect=0)
+    lines = [
+        ".reg .pred in; .reg .b32 lane, at, key, at0, at1, at2, at3; .reg .b64 to, start, both;",
+        "and.b32 lane, $3, 31; shr.u32 at, $3, 5; mad.lo.u32 at, at, 8192, $4;",
+        "mad.wide.u32 start, lane, 8, $5;",
+    ]
+    for i in range(4):
+        lines.append(f"xor.b32 key, lane, {4 * i}; mad.lo.u32 at{i}, key, 8, at;")
+    for row in range(16):
+        lines += [
+            f"shfl.sync.idx.b32 key, ${row // 8}, {row % 8 * 4}, 31, 0xffffffff;",
+            f"setp.lt.u32 in, key, {limit}; add.u32 key, key, $2;",
+            "mad.wide.u32 to, key, 512, start;",
+        ]
+        for part in range(2):
+            lines += [
+                f"ld.shared.b64 both, [at{row % 4} + {512 * row + 256 * part}];",
+                f"@in red.relaxed.gpu.global.add.u64 [to + {256 * part}], both;",
+            ]
+    return "{ " + "\n".join(lines) + " }"
 
 
 def _run(code: str, constraints: str, *operands) -> None:
@@ -264,17 +221,16 @@ def _run(code: str, constraints: str, *operands) -> None:
     llvm.inline_asm(void, operands, code, kinds, has_side_effects=True, asm_dialect=0)
 
 
-def _add_rows_twin(sums, rows, keys, per_one, first_key, first_column, limit) -> None:
+def _add_rows_twin(sums, rows, keys, per_one, first_key, limit) -> None:
     terms = jnp.round(rows * per_one[:, None]).astype(jnp.int32)
-    columns = pl.ds(first_column, rows.shape[1])
 
     def add(r, _):
         @pl.when((keys[r] >= 0) & (keys[r] < limit))
         def _():
             of = first_key + keys[r]
-            before = sums[of, columns]
+            before = sums[of, :]
             total = before + _borrowed(before) + terms[r]
-            sums[of, columns] = total - _borrowed(total)
+            sums[of, :] = total - _borrowed(total)
 
     lax.fori_loop(0, rows.shape[0], add, None)
 

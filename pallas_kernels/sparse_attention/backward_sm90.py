@@ -4,18 +4,17 @@ What is computed, for a window of queries after another, as many as the workspac
 
     weights_sm90    P and dS, [window, N, K] in bf16
     dq_sm90         dQ = dS K
-    rows_sm90       for every query and selected key the row dS^T Q + P^T dO, a part of dKV
+    rows_sm90       for every query and selected key the row dS^T Q + P^T dO, in bf16
+    add_rows        dKV: the rows of each key added up in fp32, in the order of the queries
 
-Where dKV fits the L2, rows_sm90 adds the rows up there, by atomics, as integers: sums of integers
-have no order. Their units come from bounds that weights_sm90 finds (`backward_units`).
+The sums are no kernel of their own: a warpgroup in the CTAs of dQ adds up the first part of a
+window's rows, and one in the CTAs of P and dS of the next window the rest. The products keep the
+tensor core busy, the sums wait for the memory.
 
-Else it stores them in bf16, and add_rows adds up the rows of each key in fp32, in the order of the
-queries. Atomics would take longer there: a fp32 row costs 2.3 KB of atomic traffic, a bf16 row 1.15
-KB written and 1.15 KB read; and atomics slow down to a third where dKV is larger than the L2. A row
-in bf16 is what a matmul in bf16 would give for it; the roundings of a key's rows are independent
-and so weigh less in their sum than its own final one. These sums are no kernel of their own, as far
-as that is quicker: a warpgroup in the CTAs of dQ or in those of P and dS of the next window adds up
-a part of them. The products keep the tensor core busy, the sums wait for the memory.
+Adding rows where they belong with atomics would take as long: a fp32 row costs 2.3 KB of atomic
+traffic, a bf16 row 1.15 KB written and 1.15 KB read; and atomics slow down to a third once dKV is
+larger than the L2, and have no order. A row in bf16 is what a matmul in bf16 would give for it; the
+roundings of a key's rows are independent and so weigh less in their sum than its own final one.
 """
 
 from __future__ import annotations
@@ -28,11 +27,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper import fixed_point
-from pallas_kernels.hopper.add_rows import Listed, bounds_of_ranges
+from pallas_kernels.hopper.add_rows import bounds_of_ranges
 from pallas_kernels.hopper.tiles import LOG2E
 from pallas_kernels.sparse_attention import (
-    backward_units,
     dq_sm90,
     forward_sm90,
     rows_sm90,
@@ -47,7 +44,6 @@ TILES = 128  # selected keys, of which the kernels take two tiles at a time
 # A window costs a pass over dKV in fp32 and the ends of three kernels, so that few are better.
 WORKSPACE_BYTES = 4 * 2**30
 L2_BYTES = 50 * 2**20
-CACHED_BYTES = 40 * 2**20  # of sums that stay in the L2 while rows are added to them
 
 
 def unsupported(q, kv, *, value_width: int) -> str | None:
@@ -61,25 +57,23 @@ def backward(
 ):
     """Gradients of q and kv, in their dtypes or that of kv in another; it is added up in fp32."""
     _, _, heads, width = q.shape
-    # P and dS in bf16; and if they are stored, rows in bf16 and two lists in i32. Heads are padded,
-    # and split above 128.
+    # P, dS and the rows in bf16, two lists in i32. Heads are padded, and split above 128.
     selected, padded = -(-indices.shape[2] // TILES) * TILES, -(-heads // 64) * 64
-    of_rows = 0 if _in_cache(kv) else (2 * width + 8) * -(-heads // 128)
-    window = max(workspace_bytes, WORKSPACE_BYTES) // (selected * (2 * 2 * padded + of_rows))
+    per_query = selected * (2 * 2 * padded + (2 * width + 8) * -(-heads // 128))
+    window = max(workspace_bytes, WORKSPACE_BYTES) // per_query
     dq, dkv = gradients(q, kv, indices, out, lse, dout, dlse, scale=scale, window=window)
     return dq, dkv.astype(dkv_dtype or kv.dtype)
 
 
 def gradients(
     q, kv, indices, out, lse, dout, dlse, *,
-    scale, window, sms: int = 132, stored: bool | None = None, cuts: Any = None, interpret=None,
+    scale, window, sms: int = 132, cuts: Any = None, interpret=None,
 ):  # fmt: skip
     """The gradients of q, and of kv in f32, with at most so many queries in a window.
 
-    `stored` is whether rows are, and `cuts` where those of a window are divided to be added up; by
-    default so that it takes least time.
+    `cuts` are where the rows of a window are divided; by default so that it takes least time.
     """
-    stored = not _in_cache(kv) if stored is None else stored
+    cuts = _cuts(kv.nbytes) if cuts is None else cuts
     batch, queries, heads, width = q.shape
     rows = kv.shape[1]
     finite = jnp.isfinite(lse)  # a query without keys gives no gradient, and takes none
@@ -96,31 +90,33 @@ def gradients(
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % TILES)), constant_values=-1)
     indices = ascending(indices.reshape(batch * queries, -1), rows)
     indices = jnp.repeat(indices, split, axis=0)
-    total, _ = indices.shape
-    window = _even(total, max(1, window * split), sms)
+    total, selected = indices.shape
+    window, part = _even(total, max(1, window * split), sms), share_columns(width)
     call = _Call(
         arrays=(*(by_query(x) for x in (q, dout, out, lse, dlse)), kv.reshape(-1, width), indices),
-        # The kernels write all of it: nothing has to be there before.
+        # The kernels write these two: nothing has to be there before.
         dq=jax.new_ref(lax.empty((total, some, width), q.dtype)),
+        added=jax.new_ref(lax.empty((width // part, window * selected, part), q.dtype)),
+        sums=jax.new_ref(jnp.zeros((batch * rows, width), jnp.float32)),
         scale=scale,
+        cuts=cuts,
         options={"sms": sms, "interpret": interpret, "window": window},
         queries=queries * split,
         rows=rows,
         total=total,
     )
-    if stored:
-        dkv = _Stored(call, _cuts(kv.nbytes) if cuts is None else cuts).run()
-    else:
-        dkv = _Added(call).run()
+    firsts = window * jnp.arange(-(-total // window), dtype=jnp.int32)
+    lists = vary_like(call.no_lists(), (q, kv, indices))
+    if interpret is None:
+        lists, _ = lax.scan(lambda lists, first: (call.step(first, lists), None), lists, firsts)
+    else:  # two interpreted kernels in one program wait for each other
+        for first in firsts:
+            lists = call.step(first, lists)
+    call.finish(lists)
     # The kernels do not tell over which mesh axes their results vary.
-    dq, dkv = vary_like((jax.freeze(call.dq), dkv), (q, kv))
+    dq, dkv = vary_like((jax.freeze(call.dq), jax.freeze(call.sums)), (q, kv))
     dq = dq.reshape(batch, queries, -1, width)[:, :, :heads]
     return dq, dkv.reshape(batch, rows, width)
-
-
-def _in_cache(kv) -> bool:
-    """Whether dKV stays in the L2, as 32 bits each, while rows are added to it."""
-    return 4 * kv.size <= CACHED_BYTES
 
 
 def _even(total: int, limit: int, sms: int) -> int:
@@ -137,102 +133,9 @@ def _cuts(key_bytes: int) -> tuple[float, float]:
     columns are gathered at different times; and beside P and dS sums are quick only as long as
     there are few. So this is measured.
     """
+    if key_bytes <= L2_BYTES // 2:
+        return 0.2, 0.6
     return (0.0, 0.65) if key_bytes <= L2_BYTES else (0.0, 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """What the windows of a call have in common. Queries are those of all rows of the batch."""
-
-    arrays: tuple[Any, ...]  # q, dO, O, lse in base 2, dlse, by query and head; keys; selections
-    dq: Any  # a ref
-    scale: float
-    options: dict[str, Any]
-    queries: int  # of a row of the batch
-    rows: int  # keys of a row of the batch
-    total: int  # queries
-
-    @property
-    def window(self) -> int:
-        """Queries of a window."""
-        return self.options["window"]
-
-    @property
-    def places(self) -> dict[str, int]:
-        """Which queries select from which keys."""
-        return {"queries": self.queries, "rows": self.rows}
-
-    @property
-    def sums_shape(self) -> tuple[int, int]:
-        """Of dKV: keys of all rows of the batch."""
-        return self.arrays[-2].shape
-
-    def weights(self, first, **beside):
-        """What `weights_and_sums` gives."""
-        return weights_and_sums_sm90.weights_and_sums(
-            first.reshape(1), *self.arrays, **beside,
-            scale=self.scale, **self.places, **self.options,
-        )  # fmt: skip
-
-    def store_dq(self, first, dscores, listed: Listed | None = None):
-        """Writes dQ of a window."""
-        *_, kv, indices = self.arrays
-        first = first.reshape(1)
-        options = {**self.places, **self.options}
-        dq_sm90.dq_of_queries(first, kv, indices, dscores, listed, self.dq, **options)
-
-    def keys(self, first):
-        """What the queries of a window select, in all rows of the batch; past them what is none."""
-        *_, indices = self.arrays
-        number = first + jnp.arange(self.window, dtype=jnp.int32)
-        mine = jnp.take(indices, jnp.minimum(number, self.total - 1), axis=0)
-        exists = (number < self.total)[:, None] & (mine < self.rows)
-        key = mine + (number // self.queries * self.rows)[:, None]
-        return jnp.where(exists, key, self.sums_shape[0])
-
-    def for_windows(self, step, carry):
-        """`carry = step(carry, first query)` for one window after another."""
-        firsts = self.window * jnp.arange(-(-self.total // self.window), dtype=jnp.int32)
-        carry = vary_like(carry, self.arrays)
-        # A loop of one would copy what is carried; two interpreted kernels in one program wait for
-        # each other.
-        if len(firsts) == 1 or self.options["interpret"] is not None:
-            for first in firsts:
-                carry = step(carry, first)
-            return carry
-        return lax.scan(lambda carry, first: (step(carry, first), None), carry, firsts)[0]
-
-
-class _Added:
-    """Rows are added up in the L2."""
-
-    def __init__(self, call: _Call):
-        self.call = call
-        *_, self.indices = call.arrays
-        q, dout, *_, kv, _ = call.arrays
-        self.per_column = backward_units.of_columns(q, dout, kv, call.scale)
-        self.repeats = backward_units.repeated(self.indices, call.rows)
-
-    def run(self):
-        """dKV."""
-        nothing = jnp.zeros(self.call.sums_shape, jnp.float32)
-        return self.call.for_windows(self.step, nothing) / self.per_column
-
-    def step(self, dkv, first):
-        """Adds what a window does."""
-        call, count = self.call, self.call.sums_shape[0]
-        weights, dscores, bounds = call.weights(first, per_column=self.per_column)
-        per_one, one = backward_units.of_keys(bounds, call.keys(first), self.repeats, count=count)
-        parts = 1 if call.options["interpret"] is None else 2
-        sums = jax.new_ref(jnp.zeros((parts * count, call.sums_shape[1]), jnp.int32))
-        into = rows_sm90.Sums(self.indices, self.per_column, per_one, sums, **call.places)
-        q, dout, *_ = call.arrays
-        operands = first.reshape(1), q, dout, weights, dscores
-        rows_sm90.rows_of_queries(*operands, None, into, **call.options)
-        call.store_dq(first, dscores)
-        for part in jax.freeze(sums).reshape(parts, count, -1):
-            dkv += fixed_point.to_floats(part, one)
-        return dkv
 
 
 class _Lists(NamedTuple):
@@ -246,77 +149,82 @@ class _Lists(NamedTuple):
     at_the_end: Any  # and else
 
 
-class _Stored:
-    """Rows are stored, and added up by key."""
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What the windows of a call have in common. Queries are those of all rows of the batch."""
 
-    def __init__(self, call: _Call, cuts):
-        q, *_, kv, indices = call.arrays
-        width = kv.shape[1]
-        part, stored = share_columns(width), call.window * indices.shape[1]
-        self.call, self.cuts = call, cuts
-        self.heads = q.shape[1]
-        # Rows of a window; the kernels write all that is read.
-        self.rows = jax.new_ref(lax.empty((width // part, stored, part), q.dtype))
-        self.sums = jax.new_ref(jnp.zeros(kv.shape, jnp.float32))
+    arrays: tuple[Any, ...]  # q, dO, O, lse in base 2, dlse, by query and head; keys; selections
+    dq: Any  # a ref
+    added: Any  # a ref: rows of a window
+    sums: Any  # a ref: dKV
+    scale: float
+    cuts: Any  # of the lists
+    options: dict[str, Any]
+    queries: int  # of a row of the batch
+    rows: int  # keys of a row of the batch
+    total: int  # queries
 
-    def run(self):
-        """dKV."""
-        lists = self.call.for_windows(self.step, self.no_lists())
-        self.sum(lists, lists.at_the_end)
-        return jax.freeze(self.sums)
-
-    def step(self, before: _Lists, first) -> _Lists:
+    def step(self, first, before: _Lists) -> _Lists:
         """The kernels of a window, and what is left to add up of the one before.
 
         Returns what is left to add up of this one.
         """
-        q, dout, *_ = self.call.arrays
-        beside = self.listed(before, before.beside_weights)
-        weights, dscores = self.call.weights(first, listed=beside)
-        operands = first.reshape(1), q, dout, weights, dscores
-        rows_sm90.rows_of_queries(*operands, self.rows, **self.call.options)
-        lists = self.lists(self.call.keys(first))
-        self.sum(lists, lists.alone)
-        self.call.store_dq(first, dscores, self.listed(lists, lists.beside_dq))
+        q, dout, out, lse, dlse, kv, indices = self.arrays
+        start, places = first.reshape(1), {"queries": self.queries, "rows": self.rows}
+        weights, dscores = weights_and_sums_sm90.weights_and_sums(
+            start, q, dout, out, lse, dlse, kv, indices,
+            self.added, before.pairs, before.keys, before.beside_weights, self.sums,
+            scale=self.scale, **places, **self.options,
+        )  # fmt: skip
+        rows_sm90.rows_of_queries(start, q, dout, weights, dscores, self.added, **self.options)
+        lists = self._lists(first)
+        self._sum(lists, lists.alone)
+        dq_sm90.dq_of_queries(
+            start, kv, indices, dscores,
+            self.added, lists.pairs, lists.keys, lists.beside_dq, self.sums, self.dq,
+            **places, **self.options,
+        )  # fmt: skip
         return lists
 
-    def listed(self, lists: _Lists, bounds) -> Listed:
-        """Ranges of them."""
-        return Listed(self.rows, lists.pairs, lists.keys, bounds, self.sums)
+    def finish(self, lists: _Lists) -> None:
+        """What is left to add up of the last window."""
+        self._sum(lists, lists.at_the_end)
 
-    def sum(self, lists: _Lists, bounds) -> None:
-        """Adds up ranges of them with nothing beside."""
-        sums_sm90.sum_rows(*self.listed(lists, bounds), **self.alone_options())
-
-    def alone_options(self):
-        """Of a kernel that has no windows."""
-        return {name: self.call.options[name] for name in ("sms", "interpret")}
+    def _sum(self, lists: _Lists, bounds) -> None:
+        options = {name: self.options[name] for name in ("sms", "interpret")}
+        sums_sm90.sum_rows(self.added, lists.pairs, lists.keys, bounds, self.sums, **options)
 
     def no_lists(self) -> _Lists:
         """Those before the first window."""
-        nothing = jnp.zeros(self.rows.shape[1], jnp.int32)
-        return _Lists(nothing, nothing, *(jnp.zeros(n + 1, jnp.int32) for n in self.ranges()))
+        nothing = jnp.zeros(self.added.shape[1], jnp.int32)
+        return _Lists(nothing, nothing, *(jnp.zeros(n + 1, jnp.int32) for n in self._ranges()))
 
-    def lists(self, keys) -> _Lists:
+    def _lists(self, first) -> _Lists:
         """Those of a window."""
-        none = self.call.sums_shape[0]
-        count = jnp.sum(keys < none, dtype=jnp.int32)
-        pairs, keys = pairs_by_key(keys, largest=none)
+        *_, indices = self.arrays
+        batch_rows = self.sums.shape[0]
+        number = first + jnp.arange(self.options["window"], dtype=jnp.int32)
+        mine = jnp.take(indices, jnp.minimum(number, self.total - 1), axis=0)
+        key = mine + (number // self.queries * self.rows)[:, None]  # in all rows of the batch
+        exists = (number < self.total)[:, None] & (mine < self.rows)
+        pairs, keys = pairs_by_key(jnp.where(exists, key, batch_rows), largest=batch_rows)
+        count = jnp.sum(exists, dtype=jnp.int32)
         first_cut, second_cut = (
             (count.astype(jnp.float32) * part).astype(jnp.int32) for part in self.cuts
         )
         limits = (0, first_cut), (first_cut, second_cut), (second_cut, count), (second_cut, count)
-        parts = [(*both, n) for both, n in zip(limits, self.ranges(), strict=True)]
+        parts = [(*both, n) for both, n in zip(limits, self._ranges(), strict=True)]
         return _Lists(pairs, keys, *bounds_of_ranges(keys, parts))
 
-    def ranges(self) -> tuple[int, int, int, int]:
+    def _ranges(self) -> tuple[int, int, int, int]:
         """Of the lists, in the order of `_Lists`."""
-        some = self.rows.shape[1], self.call.sums_shape[1]
-        options = self.alone_options()
+        _, heads, width = self.arrays[0].shape
+        some = self.added.shape[1], width
+        options = {name: self.options[name] for name in ("sms", "interpret")}
         alone = sums_sm90.adder_of(*some, **options).ranges
         return (
             dq_sm90.adder_of(*some, **options).ranges,
             alone,
-            weights_and_sums_sm90.adder_of(*some, self.heads, **options).ranges,
+            weights_and_sums_sm90.adder_of(*some, heads, **options).ranges,
             alone,
         )

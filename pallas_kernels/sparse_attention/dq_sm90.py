@@ -6,11 +6,11 @@
     dQ[n] = sum_k dS[n, k] kv[k]                        over the selected keys k of a query
 
 A CTA computes one share of the columns (192 of 576) for queries one after the other, for all heads:
-so what it gathers of a key is needed once. Its warpgroups:
+so what it gathers of a key is needed once. Four warpgroups:
 
     UPPER, LOWER  dQ of 64 heads each
     LOADER        fills a ring with tiles of 64 keys and their dS
-    ADDER         adds up rows of this window that are there already (`hopper.add_rows`), if any
+    ADDER         adds up rows of this window that are there already (`hopper.add_rows`)
 
 SMEM at 576 columns and 128 heads: 4 x (16,384 dS + 24,576 keys) of ring, 2 x 24,576 of dQ on its
 way out, 2,048 of indices. Registers of a thread: UPPER and LOWER 168 (96 of dQ), LOADER 40, ADDER
@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import roles
-from pallas_kernels.hopper.add_rows import Adder, Listed
+from pallas_kernels.hopper.add_rows import Adder
 from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.hopper.wgmma import Product, multiply_add
@@ -169,7 +169,7 @@ def _for_this_share(plan: _Plan, run) -> None:
             run(share)
 
 
-def _roles(plan: _Plan, adder: Adder | None, first, kv, indices, dscores, *refs, **shared):
+def _roles(plan: _Plan, adder: Adder, first, kv, indices, dscores, *refs, **shared):
     """What the warpgroups do."""
     *listed, dq = refs
     s, start = _Shared(**shared), first[0]
@@ -183,8 +183,7 @@ def _roles(plan: _Plan, adder: Adder | None, first, kv, indices, dscores, *refs,
     def add():
         adder.add(lax.axis_index("share") * plan.lanes + lax.axis_index("lane"), *listed)
 
-    both = lambda: multiply(UPPER), lambda: multiply(LOWER), load
-    return both if adder is None else (*both, add)
+    return lambda: multiply(UPPER), lambda: multiply(LOWER), load, add
 
 
 def _lanes(width: int, sms: int) -> int:
@@ -206,17 +205,21 @@ def adder_of(rows: int, width: int, sms: int, interpret=None) -> Adder:
 
 
 def dq_of_queries(
-    first, kv, indices, dscores, listed: Listed | None, dq, *,
+    first, kv, indices, dscores, added, pairs, keys, bounds, sums, dq, *,
     window, queries, rows, sms, interpret=None,
 ):  # fmt: skip
-    """Writes dQ of a window of queries, and may add up some of its rows.
+    """Writes dQ of a window of queries, and adds up some of its rows.
 
     Args:
         first: i32 `[1]`, the first query of the window.
         kv: bf16 `[batch x S, C + R]`.
         indices: i32 `[all queries, K]`, K a multiple of 64.
         dscores: dS, bf16 `[window, K / 64, N, 64]`.
-        listed: rows to add up beside, in the ranges of `adder_of`, or None.
+        added: a `jax.Ref`, bf16 `[shares, window x K, columns]`, the rows.
+        pairs: i32 `[window x K]`, rows by key.
+        keys: i32 `[window x K]`, their keys.
+        bounds: i32, the ranges of `adder_of`.
+        sums: a `jax.Ref`, f32 `[batch x S, C + R]`, to which listed rows are added.
         dq: a `jax.Ref`, bf16 `[all queries, N, C + R]`, N 64 or 128, of which it writes the window.
         window: queries of the window.
         queries: T of a batch row.
@@ -238,7 +241,7 @@ def dq_of_queries(
         interpret=interpret is not None,
     )
 
-    adder = None if listed is None else adder_of(listed.rows.shape[1], width, sms, interpret)
+    adder = adder_of(added.shape[1], width, sms, interpret)
 
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
@@ -246,7 +249,7 @@ def dq_of_queries(
     roles.kernel(
         "sparse_attention_dq",
         functools.partial(_roles, plan, adder),
-        _REGISTERS[: 3 if adder is None else 4],
+        _REGISTERS,
         scratch_types={
             "ds_tile": tile(SLOTS, heads, KEYS),
             "keys": tile(SLOTS, KEYS, part),
@@ -260,4 +263,4 @@ def dq_of_queries(
         landing_slots=SLOTS,
         grid={"share": plan.shares, "lane": plan.lanes},
         interpret=interpret,
-    )(first, kv, indices, dscores, *(listed or ()), dq)
+    )(first, kv, indices, dscores, added, pairs, keys, bounds, sums, dq)

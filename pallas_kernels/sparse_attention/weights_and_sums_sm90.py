@@ -1,16 +1,14 @@
 # Mosaic GPU's annotations differ between JAX releases and do not know what its decorators do.
 # pyright: reportAbstractUsage=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportReturnType=false
-"""P and dS of a window of queries on Hopper, and beside them what dKV needs.
+"""P and dS of a window of queries on Hopper, and beside them sums of rows of the window before.
 
-The CTAs are those of `weights_sm90`, which keep the tensor core and shared memory busy. Where rows
-of dKV are stored, they have a fourth warpgroup, ADDER, that adds up rows of the window before
-(`hopper.add_rows`): it waits for the memory, which the others leave idle, and needs nothing else
-but registers. Where rows are added up as integers, VALUES leaves a bound of each key's terms.
+The CTAs are those of `weights_sm90`, which keep the tensor core and shared memory busy, with a
+fourth warpgroup, ADDER, that adds rows up (`hopper.add_rows`): it waits for the memory, which the
+others leave idle, and needs nothing else but registers.
 
 SMEM at 576 columns: 8 x 24,576 of ring, 2 x 2 x 8,192 of P and dS on their way out, 2,048 of
-indices. Registers of a thread there: SCORES 208, VALUES 192, LOADER 24, ADDER 88; or without ADDER
-208, 240, 56.
+indices. Registers of a thread there: SCORES 208, VALUES 192, LOADER 24, ADDER 88.
 """
 
 from __future__ import annotations
@@ -23,8 +21,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import roles
-from pallas_kernels.hopper.add_rows import Adder, Listed
-from pallas_kernels.hopper.column_sums import WARPS
+from pallas_kernels.hopper.add_rows import Adder
 from pallas_kernels.hopper.tiles import SWIZZLED
 from pallas_kernels.sparse_attention import weights_sm90
 from pallas_kernels.sparse_attention.backward_shares import share_columns
@@ -38,35 +35,28 @@ from pallas_kernels.sparse_attention.weights_sm90 import (
 _DEPTH = 18  # rows that a warp of ADDER has on their way
 
 
-def _registers(adder: Adder | None) -> tuple[int, ...]:
-    """Of a thread of SCORES, VALUES, LOADER and ADDER, if there is one.
+def _registers(adder: Adder) -> tuple[int, ...]:
+    """Of a thread of SCORES, VALUES, LOADER and ADDER.
 
     Narrower shares leave some free, but a tile then has more parts.
     """
-    if adder is None:
-        return 208, 240, 56
     return (208, 192, 24, 88) if adder.share == 192 else (208, 200, 32, 72)
 
 
-def _roles(plan: weights_sm90.Plan, adder: Adder | None, first, *refs, **shared):
+def _roles(plan: weights_sm90.Plan, adder: Adder, first, *refs, **shared):
     """What the warpgroups do."""
-    q, dout, out, lse, dlse, kv, indices, *others = refs
+    (q, dout, out, lse, dlse, kv, indices), listed = refs[:7], refs[7:12]
+    weights, dscores = refs[12:]
     s, start = weights_sm90.Shared(**shared), first[0]
-    if adder is None:
-        per_column, weights, dscores, of_keys = others
-        bounds = weights_sm90.Bounds(per_column, of_keys)
-    else:
-        *listed, weights, dscores = others
-        bounds = None
 
     def add():
         adder.add(lax.axis_index("cluster") * plan.cluster + lax.axis_index("half"), *listed)
 
     return (
         lambda: weights_sm90.scores(plan, start, lse, weights, s),
-        lambda: weights_sm90.values(plan, start, dlse, dscores, bounds, s),
+        lambda: weights_sm90.values(plan, start, dlse, dscores, s),
         lambda: weights_sm90.load(plan, start, q, dout, out, kv, indices, s),
-        *([] if adder is None else [add]),
+        add,
     )
 
 
@@ -93,10 +83,10 @@ def _clusters(heads: int, sms: int) -> int:
 
 
 def weights_and_sums(
-    first, q, dout, out, lse, dlse, kv, indices, listed: Listed | None = None, per_column=None, *,
+    first, q, dout, out, lse, dlse, kv, indices, added, pairs, keys, bounds, sums, *,
     window, queries, rows, scale, sms, interpret=None,
 ):  # fmt: skip
-    """P and dS of a window; and sums of rows of another, or bounds of what this one's add to keys.
+    """P and dS of a window, bf16 `[window, K / 64, N, 64]`; and sums of rows.
 
     Args:
         first: i32 `[1]`, the first query of the window; from `all queries` on there is none.
@@ -107,21 +97,17 @@ def weights_and_sums(
         dlse: f32 `[all queries, N]`.
         kv: bf16 `[batch x S, C + R]`.
         indices: i32 `[all queries, K]`, K a multiple of 64.
-        listed: rows to add up beside, in the ranges of `adder_of`; None for bounds.
-        per_column: f32 `[C + R]`, powers of two, with which bounds are of scaled columns.
+        added: a `jax.Ref`, bf16 `[shares, window x K, columns]`, the rows.
+        pairs: i32 `[window x K]`, rows by key.
+        keys: i32 `[window x K]`, their keys.
+        bounds: i32, the ranges of `adder_of`.
+        sums: a `jax.Ref`, f32 `[batch x S, C + R]`, to which listed rows are added.
         window: queries of a window; what lies past the last query is left as it is.
         queries: T of a batch row.
         rows: S of a batch row.
         scale: of the scores.
         sms: CTAs.
         interpret: parameters of interpret mode, or None.
-
-    Returns:
-        P and dS, bf16 `[window, K / 64, N, 64]`; and where rows are not listed bf16 `[window,
-        K / 64, N / 64, 4, 64]`, whose sums over the third and fourth axis bound, but for
-        `column_sums.ROUNDINGS`, how large what the query adds to the key can be:
-
-            sum_n |dS[n]| max_c per_column[c] |Q[n, c]| + P[n] max_c per_column[c] |dO[n, c]|
     """
     total, heads, width = q.shape
     groups, tiles = heads // HEADS, indices.shape[-1] // KEYS
@@ -140,7 +126,7 @@ def weights_and_sums(
         clusters=clusters,
         interpret=interpret is not None,
     )
-    adder = None if listed is None else adder_of(listed.rows.shape[1], width, heads, sms, interpret)
+    adder = adder_of(added.shape[1], width, heads, sms, interpret)
 
     def tile(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
@@ -149,12 +135,11 @@ def weights_and_sums(
         return plgpu.Barrier(num_barriers=count, **options)
 
     result = jax.ShapeDtypeStruct((window, tiles, heads, KEYS), jnp.bfloat16)
-    of_keys = jax.ShapeDtypeStruct((window, tiles, groups, WARPS, KEYS), jnp.bfloat16)
     return roles.kernel(
-        "sparse_attention_weights" + ("" if adder is None else "_and_sums"),
+        "sparse_attention_weights_and_sums",
         functools.partial(_roles, plan, adder),
         _registers(adder),
-        out_type=[result, result] if adder else [result, result, of_keys],
+        out_type=[result, result],
         scratch_types={
             "ring": tile(SLOTS, KEYS, share_columns(width)),
             "p_tile": tile(2, HEADS, KEYS),
@@ -172,4 +157,4 @@ def weights_and_sums(
         grid={"cluster": clusters},
         cluster={"half": cluster},
         interpret=interpret,
-    )(first, q, dout, out, lse, dlse, kv, indices, *(listed or [per_column]))
+    )(first, q, dout, out, lse, dlse, kv, indices, added, pairs, keys, bounds, sums)

@@ -34,7 +34,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.column_sums import store_column_sums
 from pallas_kernels.hopper.gather import Landing, gather_rows, warpgroup_barrier
 from pallas_kernels.hopper.tiles import CHUNK, LOG2E
 from pallas_kernels.hopper.wgmma import add_products, finish
@@ -94,10 +93,6 @@ class Plan:
             for column in columns
         ]
 
-    def query_columns(self) -> list[tuple[int, int]]:
-        """The same of Q."""
-        return [(i, c) for i, part in enumerate(self.chunks(self.width)) for c in part]
-
     def query(self, work):
         """Of the window."""
         return lax.div(work, jnp.int32(self.groups // self.cluster))
@@ -106,14 +101,10 @@ class Plan:
         """The tile that comes jth, of a query of all."""
         return swept(number, j, self.tiles, self.clusters)
 
-    def group(self, work):
-        """The 64 heads of this CTA."""
-        shared = lax.rem(work, jnp.int32(self.groups // self.cluster))
-        return shared * self.cluster + lax.axis_index("half")
-
     def heads(self, work):
         """Those of this CTA."""
-        return pl.ds(self.group(work) * HEADS, HEADS)
+        shared = lax.rem(work, jnp.int32(self.groups // self.cluster))
+        return pl.ds((shared * self.cluster + lax.axis_index("half")) * HEADS, HEADS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,7 +318,8 @@ def scores(plan: Plan, first, lse, weights, s: Shared):
         place, *rest = carry
         here = _of_heads(lse.at[first + plan.query(work), plan.heads(work)])
         query = []
-        place = _chunk_by_chunk(plan, s, place, plan.query_columns(), query.append)
+        columns = [(i, c) for i, part in enumerate(plan.chunks(plan.width)) for c in part]
+        place = _chunk_by_chunk(plan, s, place, columns, query.append)
         for _ in ("dO", "O"):
             place = _skip(plan, s, place, plan.values)
         body = functools.partial(tile, work, query, here)
@@ -348,37 +340,10 @@ def scores(plan: Plan, first, lse, weights, s: Shared):
     plgpu.wait_smem_to_gmem(0)
 
 
-class _Largest:
-    """The largest absolute value of each row of chunks, whose columns have factors."""
-
-    def __init__(self, factors):
-        self._factors = factors
-        self._columns = 0
-        self._so_far = None
-
-    def see(self, chunk):
-        some = self._factors.at[pl.ds(self._columns, CHUNK)]
-        factors = plgpu.load(some, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        factors = lax.broadcast_in_dim(factors, chunk.shape, (1,)).astype(chunk.dtype)
-        size = jnp.abs(chunk * factors)
-        self._so_far = size if self._so_far is None else jnp.maximum(self._so_far, size)
-        self._columns += CHUNK
-
-    def of_heads(self):
-        return self._so_far.astype(jnp.float32).max(axis=1)
-
-
-class Bounds(NamedTuple):
-    """Where VALUES leaves how large what is added to a key can be."""
-
-    per_column: Any  # f32 [C + R]
-    of_keys: Any  # bf16 [window, K / 64, groups, 4, 64]: to be added up over 16 heads each
-
-
-def values(plan: Plan, first, dlse, dscores, bounds: Bounds | None, s: Shared):
+def values(plan: Plan, first, dlse, dscores, s: Shared):
     """VALUES."""
 
-    def tile(work, dout, delta, largest, j, carry):
+    def tile(work, dout, delta, j, carry):
         place, buffer = carry
         plgpu.barrier_wait(s.scored.at[buffer])
         products, place = _product(plan, dout, _zeros(), place, plan.values, s)
@@ -388,33 +353,18 @@ def values(plan: Plan, first, dlse, dscores, bounds: Bounds | None, s: Shared):
         found = weights.astype(jnp.float32) * (products - _over_keys(delta)) * plan.scale
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         warpgroup_barrier(plan.interpret)
-        found = found.astype(jnp.bfloat16)
-        s.ds_tile.at[buffer][...] = found
+        s.ds_tile.at[buffer][...] = found.astype(jnp.bfloat16)
         plgpu.commit_smem()
         at = plan.tile(first + plan.query(work), j)
         target = dscores.at[plan.query(work), at, plan.heads(work)]
         plgpu.copy_smem_to_gmem(s.ds_tile.at[buffer], target)
-        if bounds is not None:
-            of_keys = bounds.of_keys.at[plan.query(work), at, plan.group(work)]
-            terms = list(zip((found, weights), largest, strict=True))
-            store_column_sums(terms, of_keys, plan.interpret)
         return place, 1 - buffer
 
     def work_item(work, carry):
         place, *rest = carry
-        largest, dout = [], []
-        if bounds is None:
-            place = _skip(plan, s, place, plan.width)
-        else:
-            query = _Largest(bounds.per_column)
-            place = _chunk_by_chunk(plan, s, place, plan.query_columns(), query.see)
-            largest.append(query.of_heads())
+        place = _skip(plan, s, place, plan.width)
+        dout = []
         place = _chunk_by_chunk(plan, s, place, plan.value_columns(), dout.append)
-        if bounds is not None:
-            upstream = _Largest(bounds.per_column)
-            for chunk in dout:
-                upstream.see(chunk)
-            largest.append(upstream.of_heads())
         unread, totals = iter(dout), [jnp.zeros((), jnp.float32)]
 
         def add(out):
@@ -422,7 +372,7 @@ def values(plan: Plan, first, dlse, dscores, bounds: Bounds | None, s: Shared):
 
         place = _chunk_by_chunk(plan, s, place, plan.value_columns(), add)
         here = _of_heads(dlse.at[first + plan.query(work), plan.heads(work)])
-        body = functools.partial(tile, work, dout, totals[0].sum(axis=1) - here, largest)
+        body = functools.partial(tile, work, dout, totals[0].sum(axis=1) - here)
         return lax.fori_loop(0, plan.tiles, body, (place, *rest))
 
     plgpu.barrier_wait(s.started)

@@ -6,13 +6,11 @@ import jax.numpy as jnp
 from pallas_kernels.sparse_attention import backward_sm90
 
 
-def case(
-    heads: int = 128, latent: int = 512, rope: int = 64, selected: int = 2048, keys: int = 131072
-):
+def case(heads: int = 128, latent: int = 512, rope: int = 64, selected: int = 2048):
     def backward(*arguments):
         return backward_sm90.backward(*arguments, scale=0.1)
 
-    queries, width = 4096, latent + rope
+    queries, keys, width = 4096, 131072, latent + rope
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((1, *shape), dtype)
@@ -42,12 +40,3 @@ def no_rope():
 
 def narrow():
     return case(latent=256, selected=100)
-
-
-def in_cache():
-    """Keys so few that rows are added up in the L2."""
-    return case(keys=8192)
-
-
-def narrow_in_cache():
-    return case(heads=16, latent=256, selected=100, keys=8192)

@@ -36,7 +36,8 @@ def kernel(
         name: the kernel's, as a profiler shows it.
         assign: given all operands and results, and by name the scratch and `landing`, what each
             warpgroup does.
-        registers: of a thread of each warpgroup, 65536 of all threads at most.
+        registers: of a thread of each warpgroup, together no more than are dealt out: with three
+            warpgroups 504, as 512 cannot be dealt evenly.
         scratch_types: SMEM and barriers. `picked`, i32 `[n, 64]`, holds indices of rows; its last
             row is for the words of the `Landing`.
         landing_slots: of the `Landing`.
@@ -44,8 +45,16 @@ def kernel(
         interpret: parameters of interpret mode, or None.
         out_type: of the results; none for a kernel that writes `jax.Ref`s.
         cluster: names and sizes, of CTAs that run together.
+
+    Raises:
+        ValueError: if the warpgroups ask for more registers than there are.
     """
     dealt = REGISTERS // (LANES * len(registers)) // 8 * 8
+    if sum(registers) > dealt * len(registers):
+        raise ValueError(
+            f"registers {registers} are {sum(registers)} in all, but a launch deals out {dealt} to "
+            f"each of {len(registers)} warpgroups: one would wait forever; take fewer"
+        )
     barriers = plgpu.Barrier(num_barriers=landing_slots)
     twin = {} if interpret is None else {"landed": barriers}
 

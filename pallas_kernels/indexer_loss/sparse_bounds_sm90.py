@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.simt import WARP, Words
-from pallas_kernels.hopper.simt_floats import launch
+from pallas_kernels.hopper.simt_floats import launch, word
 
 THREADS = 1024
 TABLE = 49152  # keys, at most
@@ -73,10 +73,10 @@ def raise_bounds(block: Any, plan: _Plan, task: Any, first, factors, d, indices,
 
     def take(unit, carry):
         pieces = pl.cdiv(plan.selected, _SLOTS)
-        query = _word(block, first, 0) + unit // pieces
+        query = word(block, first, 0) + unit // pieces
         # Past the last query, or a query's last slots: these again, which raises nothing.
         query = block.minimum(query, plan.total - 1)
-        factor, offset = _word(block, factors, query), query // plan.queries * plan.rows - begin
+        factor, offset = word(block, factors, query), query // plan.queries * plan.rows - begin
         places = [unit % pieces * (_SLOTS // 4) + n * WARP + block.lane for n in range(_LOADS)]
         last = plan.selected // 4 - 1
         rows = [block.own_row(x, query, plan.selected) for x in (indices, d)]
@@ -104,10 +104,6 @@ def raise_bounds(block: Any, plan: _Plan, task: Any, first, factors, d, indices,
     block.loop(share * block.warps, units, plan.shares * block.warps, (), turn)
     block.barrier()
     block.loop(0, of_four, block.threads, (), write)
-
-
-def _word(block: Any, array: Any, i: Any):
-    return block.load_global(block.global_row(array, block.constant(0), 1), block.constant(0) + i)
 
 
 def bounds(

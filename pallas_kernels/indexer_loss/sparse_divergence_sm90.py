@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.simt import Words
-from pallas_kernels.hopper.simt_floats import fold, launch, number, positive
+from pallas_kernels.hopper.simt_floats import fold, launch, number, positive, word
 from pallas_kernels.hopper.tiles import LOG2E
 
 _VECTOR = 4  # pairs that a lane loads at once
@@ -50,7 +50,7 @@ class _Plan:
 
 def diverge(block: Any, plan: _Plan, query: Any, counts, mass, scores, kl, d=None) -> None:
     """A query's; arrays as of `divergence`."""
-    count = block.load_global(block.global_row(counts, block.constant(0), 1), query)
+    count = word(block, counts, query)
     mass, scores = (block.global_row(x, query, plan.selected) for x in (mass, scores))
     places = [block.thread + n * block.threads for n in range(plan.vectors)]
     last = plan.selected // _VECTOR - 1

@@ -45,15 +45,11 @@ class _Plan:
 
     def query(self, block: Any, task: Any, first: Any, counts: Any):
         """`(number among all, how many keys it has, what is added to their indices)`."""
-        number = _word(block, first, 0) + task
+        number = simt_floats.word(block, first, 0) + task
         exists = number < self.total
         number = block.select(exists, number, 0)
-        count = block.select(exists, _word(block, counts, number), 0)
+        count = block.select(exists, simt_floats.word(block, counts, number), 0)
         return number, count, number // self.queries * self.rows
-
-
-def _word(block: Any, array: Any, i: Any):
-    return block.load_global(block.global_row(array, block.constant(0), 1), block.constant(0) + i)
 
 
 def find_starts(block, plan: _Plan, task, first, counts, indices, starts) -> None:
@@ -109,7 +105,7 @@ def place_pairs(block, plan: _Plan, task, first, counts, indices, places, ends, 
     nothing = block.constant(0) - 1
     for turn in range(-(-plan.blocks // plan.window)):
         b = task + turn * plan.window
-        end = _word(block, ends, block.minimum(b, plan.blocks - 1))
+        end = simt_floats.word(block, ends, block.minimum(b, plan.blocks - 1))
         left = (block.constant(0) - end) % PAIRS
         where = (block.thread < left) & (b < plan.blocks)
         block.store_global(out, end + block.thread, nothing, where)

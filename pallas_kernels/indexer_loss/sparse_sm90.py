@@ -194,8 +194,7 @@ def gradients(
     )
     arrays = iq.reshape(total, heads, width), ik.reshape(-1, width), iw.reshape(total, heads)
     arrays = *arrays, d, positive, g, indices, _tiles(count)
-    # More than the products' factors gain as they are rounded to bf16.
-    factors = (1 + 2**-6) * jnp.abs(g) * (jnp.abs(iw) * sizes).sum(axis=-1).reshape(total)
+    factors = row_factors(g, iw.reshape(total, heads), sizes.reshape(total, heads))
     blocks = -(-batch * rows // BLOCK)
     parts = max(1, -(-2 * sms // blocks)) if blocks < 2 * sms else 1
     window = min(max(1, window), total, sparse_lists_sm90.max_window(d.shape[1]))
@@ -241,6 +240,20 @@ class _Plan(NamedTuple):
     def sizes(self):
         """For the kernels."""
         return {"queries": self.queries, "rows": self.rows, "window": self.window}
+
+
+def row_factors(g, iw, sizes):
+    """f32 `[queries]`: times |d[t, k]|, at least what the row of pair t, k has in any column.
+
+        row[t, k] = g[t] d[t, k] sum_i iw[t, i] 1[score > 0] iq[t, i]
+
+    Args:
+        g: f32 `[queries]`, the gradient of kl.
+        iw: f32 `[queries, I]`.
+        sizes: f32 `[queries, I]`, the largest |iq| of each head.
+    """
+    # More than the products' factors gain as they are rounded to bf16.
+    return (1 + 2**-6) * jnp.abs(g) * (jnp.abs(iw) * sizes).sum(axis=-1)
 
 
 def in_cache(size: int) -> bool:

@@ -124,6 +124,7 @@ def test_divergence(kernel, selected):
         kl, d = sparse_sm90.divergence(mass, scores, exists)
     known, real = jnp.where(exists, mass, 0.0), jnp.where(exists, scores, 0.0)
     p = reference.normalised(known)
+    # The GPU's exp2 and log2 are good to 2^-22; sums of up to 1280 fp32 terms, of a few nats.
     np.testing.assert_allclose(kl, reference.divergence(p, real, exists), rtol=1e-5, atol=1e-6)
     want = reference.scores_gradient(p, real, exists)
     np.testing.assert_allclose(d, want, rtol=1e-5, atol=1e-6)
@@ -160,9 +161,25 @@ def test_no_numbers():
     counts = np.array(counts, np.int32)
     found = sparse_divergence_sm90.divergence(counts, mass, scores, run=simt_floats.simulate)
     want = sparse_sm90.divergence(jnp.asarray(mass), jnp.asarray(scores), mass == mass)
-    for one, other in zip(found, map(np.asarray, want), strict=True):
+    for one, other in zip(found, map(np.asarray, want), strict=True):  # as in test_divergence
         np.testing.assert_allclose(one[[0, 5]], other[[0, 5]], rtol=1e-5, atol=1e-6)
     assert not np.isfinite(found[1][[1, 3, 4]]).all(axis=1).any()
+
+
+def test_factors_bound_rows():
+    """Whichever products are positive; tightly where all heads agree, within two bits else."""
+    rng = np.random.default_rng()
+    iq, iw = rng.standard_normal((5, 64, 128)), rng.standard_normal((5, 64))
+    iq[0], iw[0] = 3.0, np.abs(iw[0])
+    iw[1, 5:] = 0.0
+    g = np.array([1.0, -2.0, 1e-9, 1e9, 0.0])
+    terms = iw[..., None] * iq * g[:, None, None]
+    largest = np.maximum(terms.clip(0).sum(axis=1), -terms.clip(max=0).sum(axis=1)).max(axis=1)
+    found = sparse_sm90.row_factors(*map(np.float32, (g, iw, np.abs(iq).max(axis=2))))
+    # Two factors that are rounded to bf16 gain up to 2^-9 each, and their fp32 sum far less.
+    assert (found >= largest * (1 + 2**-8)).all()
+    assert (found[2:4] <= 8 * largest[2:4]).all()
+    np.testing.assert_allclose(found[0], (1 + 2**-6) * largest[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("first", [0, 3])
